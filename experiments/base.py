@@ -1,0 +1,133 @@
+"""Every field of a run, with its unit and its reason. Values only.
+
+A config of your own is a file with `get_config()` that calls this one and
+changes fields; on the command line, `--config.section.field=value` does.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+  """The fields and their plain defaults."""
+  return ConfigDict(
+    {
+      'seed': 0,  # every random choice of the run follows from it
+      'acts': '',  # a store shared with other runs; '' is WORKDIR/acts
+      'lmm': {
+        'path': 'small',  # small, base (packaged), or a llava-hf model folder
+        'layers': (2,),  # decoder layers hooked, 0-based: their OUTPUT
+        'device': 'cpu',  # where the subject runs: cpu, cuda, auto (sharded)
+        'dtype': 'float32',  # of the subject: float32, bfloat16, float16
+        'threads': 0,  # CPU threads of the Torch process; 0: one a core
+      },
+      'data': {
+        'source': 'scenes',  # scenes, llava, images, hub
+        'path': '',  # llava: JSON or JSONL; images: folder; hub: dataset name
+        'image_root': '',  # llava: folder that `image` is relative to
+        'limit': 0,  # samples of the source that are used; 0: all
+        'seed': 0,  # of the split into halves, and of the scenes
+        'heldout': 0.25,  # share of the samples kept for halves A and B
+        'train': 2400,  # scenes: samples of the train split
+        'half': 500,  # scenes: samples of each of the halves A and B
+      },
+      'capture': {
+        'batch': 8,  # sequences a forward
+        'group': 128,  # samples that are committed together
+        'max_tokens': 4096,  # a longer sample is rejected, with its reason
+        'shard_rows': 32768,  # rows a zarr3 shard; a group owns whole shards
+        'chunk_rows': 256,  # rows a chunk: what one read touches
+      },
+      'sae': {
+        'latents': 1024,  # M
+        'k': 8,  # latents that may fire on one row
+        'dead_after': 200_000,  # rows without firing that make a latent dead
+      },
+      'train': {
+        'steps': 1500,  # optimiser steps
+        'rows': 2048,  # rows a step, over all devices
+        'lr': 0.0,  # peak learning rate; 0: 2e-4 / sqrt(latents / 2**14)
+        'warmup': 100,  # optimiser steps of linear warm-up
+        'decay_from': 0.5,  # share of the steps after which lr falls to 0
+        'clip': 1.0,  # global norm of the gradient
+        'auxk': 1 / 32,  # weight of the loss that wakes dead latents
+        'multi_topk': 0.0,  # weight of the FVU at 4k; paper: 1/8, optional
+        'kinds': ('all',),  # token kinds trained on; BOS is never in `all`
+        'backend': 'auto',  # kernels: auto, reference, cpu
+        'save_every': 250,  # steps between checkpoints
+        'keep': 2,  # checkpoints kept
+        'block_rows': 256,  # rows a read; blocks of many samples are mixed
+        'pool_blocks': 64,  # blocks mixed with one another before batching
+      },
+      'evaluate': {
+        'split': 'b',  # acts split that is measured
+        'rows': 200_000,  # rows read at most; 0: all
+      },
+      'index': {
+        'splits': ('a', 'b'),  # acts splits that are indexed
+        'rows': 4096,  # rows encoded at a time
+        'exemplars': 10,  # E: kept a latent, by mean over the base view
+        'text_exemplars': 8,  # text contexts kept a latent
+        'context': 12,  # tokens shown on either side of a text exemplar
+        'threshold': 1e-5,  # activation above which a patch is active (paper)
+        'always_on': 0.5,  # share of samples above which a latent is always on
+      },
+      'explain': {
+        'base_url': '',  # OpenAI-compatible server; '': one is started
+        'model': '',  # its model; '': the packaged base LMM
+        'others': ('small',),  # further packaged explainers, for comparison
+        'api_key': '',  # or the environment's OPENAI_API_KEY
+        'latents': (),  # latents to explain; (): all alive
+        'limit': 0,  # at most so many; 0: no limit
+        'exemplars': 5,  # images in one message (paper: 5)
+        'split': 'b',  # half whose exemplars are shown
+        'pixels': 64,  # longer side of an image that is sent; 0: as it is
+        'mask': 'exact',  # mask style: exact (nearest) or paper (bilinear)
+        'threshold': 0.25,  # of the latent's peak, above which a patch is lit
+        'max_tokens': 64,  # of an answer
+        'concurrency': 4,  # requests under way at once
+        'retries': 4,  # of a request that failed, with back-off
+        'timeout_s': 120.0,  # of one request
+      },
+      'score': {
+        'images': 5,  # exemplars scored a latent
+        'random': 5,  # random images a latent, for the baseline
+        'box_threshold': 0.3,  # of Grounding DINO (paper)
+        'grounder': 'clip',  # clip (packaged), dino (DINO + SAM), clipseg
+        'grounder_path': '',  # model folder(s), comma separated; '': packaged
+        'clip_path': '',  # CLIP folder; '': the packaged one
+        'bootstrap': 1000,  # resamples of a confidence interval
+      },
+      'steer': {
+        'latents': (),  # latents to steer; (): best per concept, or explained
+        'doses': (1.0, 2.0, 3.0, 4.0, 6.0, 8.0),  # in units of the peak
+        'where': 'image',  # tokens that are clamped
+        'when': 'prompt',  # prompt (paper), generated, both
+        'keep_error': False,  # False: the reconstruction replaces (paper)
+        'cases_a': 12,  # images a concept on half A, where the dose is chosen
+        'cases_b': 40,  # images a concept on half B, where figures are taken
+        'prompts': ('What is your feeling right now?',),  # without truth
+        'max_new_tokens': 12,  # of an answer
+        'batch': 8,  # rows of one request
+      },
+      'attribute': {
+        'samples': 60,  # answers of half B that are attributed
+        'top': 12,  # latents re-checked by exact ablation
+        'mistakes': 40,  # wrong answers that are mended by rule
+        'batch': 12,  # ablations of one request
+      },
+      'report': {
+        'title': '',  # '': made from the subject's name
+        'latents': 0,  # pages at most; 0: every latent that fires
+        'image_px': 128,  # longer side of an exemplar's picture
+      },
+      'server': {
+        'url': '',  # of a running `lmm-sae serve`; '': one is started
+        'host': '127.0.0.1',  # another address needs server.token
+        'port': 0,  # 0: a free one, printed
+        'token': '',  # bearer token of the server
+        'max_mb': 256,  # of a request's body
+        'queue': 16,  # requests that may wait; one more is answered 503
+        'timeout_s': 600.0,  # of one request, for the clients
+      },
+    }
+  )

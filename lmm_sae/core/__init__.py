@@ -1,0 +1,1 @@
+"""What every stage shares: formats, stores and clients. No jax, no torch."""

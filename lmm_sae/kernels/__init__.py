@@ -1,0 +1,1 @@
+"""The four sparse functions, one file per backend. jax only."""

@@ -1,0 +1,1 @@
+"""Every Torch model: the subject, its SAE edits, the judges, the server."""

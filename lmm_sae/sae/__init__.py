@@ -1,0 +1,1 @@
+"""The sparse autoencoder: model, data, checkpoints, metrics. jax only."""

@@ -1,0 +1,1 @@
+"""The embedded default: rendered scenes and two small LLaVA-NeXTs."""

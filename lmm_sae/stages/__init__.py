@@ -1,0 +1,1 @@
+"""One module a stage: reads the workdir, writes the workdir, resumable."""
