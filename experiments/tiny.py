@@ -3,8 +3,9 @@
 bash launch/demo.sh
 """
 
-from experiments import base
 from ml_collections import ConfigDict
+
+from experiments import base
 
 
 def get_config() -> ConfigDict:
