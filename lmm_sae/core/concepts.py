@@ -1,0 +1,74 @@
+"""What each latent stands for, where the truth is known: WORKDIR/concepts.json.
+
+The `score` stage writes {layer: [one dict a latent], 'neurons': {layer: clean
+concepts among the raw neurons}}; steer, attribute and report read it here. A
+run without truth has no such file, and no concepts.
+"""
+
+import dataclasses
+import json
+import re
+
+from lmm_sae.core.workdir import Workdir
+
+FILE = 'concepts.json'
+MIN_F1 = 0.2  # below it on half A a latent is said to stand for nothing
+
+
+@dataclasses.dataclass(frozen=True)
+class Concept:
+  """The concept of one latent; fixed on half A, measured on half B.
+
+  Attributes:
+    concept: the argmax of F1 on A over the concepts.
+    threshold: activation above which it counts as firing, chosen on A.
+    objects: share of its firings on A that lie on objects.
+    peak: largest activation on A.
+    clean: on B, F1 > .2 and soft precision > .9.
+  """
+
+  latent: int
+  concept: str
+  threshold: float
+  f1_a: float
+  f1_b: float
+  precision_b: float
+  objects: float
+  peak: float
+  clean: bool
+
+
+def load(workdir: Workdir, layer: int) -> list[Concept]:
+  """The concepts of a layer's latents; [] where no truth is known."""
+  table = _table(workdir).get(str(layer), [])
+  names = [field.name for field in dataclasses.fields(Concept)]
+  return [Concept(**{name: row[name] for name in names}) for row in table]
+
+
+def neurons(workdir: Workdir, layer: int) -> int | None:
+  """Clean concepts among the raw neurons, the same rule; None if not known."""
+  counts = _table(workdir).get('neurons')
+  return counts.get(str(layer)) if isinstance(counts, dict) else counts
+
+
+def names(concepts: list[Concept]) -> dict[int, str]:
+  """Latent -> concept, for the latents that stand for one (F1 on A > .2)."""
+  return {
+    row.latent: row.concept
+    for row in concepts
+    if row.concept and row.f1_a > MIN_F1
+  }
+
+
+def says(text: str, concept: str) -> bool:
+  """Whether a text contains the concept as a word, in any case.
+
+  A concept of one letter must stand as it is: `t` of "don't" is not the T.
+  """
+  flags = re.IGNORECASE if len(concept) > 1 else 0
+  return bool(re.search(rf'\b{re.escape(concept)}\b', text, flags))
+
+
+def _table(workdir: Workdir) -> dict:
+  path = workdir.file(FILE)
+  return json.loads(path.read_text()) if path.exists() else {}

@@ -1,0 +1,281 @@
+"""The headline figures of a run, each computed from the run's own files.
+
+Every figure is {value, n, ci}, beside its baselines; what a run cannot give
+(no truth, stage not run) is {value: None, reason}. Thresholds, latents and
+doses were fixed on half A by the stages; what is counted here is of half B.
+
+fvu                     evaluation.json, over all tokens but BOS
+clean_concepts          concepts with a clean latent; n: concepts met at all
+clean_concepts_neurons  the same rule on the raw neurons
+explained_right         share of the latents with >= 80% of their firings on
+                        objects and F1 > .2 on A whose explanation contains
+                        their concept; every explainer in `explainers`
+explained_right_shuffled  the same, each latent given the text of another:
+                        the mean over all other texts, not one shuffle
+iou, clip               mean over latents, beside random images and the
+                        labels of other latents; iou on exact masks where
+                        they are known
+steer_colour, steer_emotion  share of the answers that contain the target once
+                        the target's latent is clamped, where they did not
+steer_random            the same under random live latents
+attribution_correlation first-order price against exact ablation, pooled over
+                        the re-checked latents of all answers
+seconds                 wall time, by stage
+"""
+
+import json
+from typing import Any
+
+from lmm_sae.core import concepts, records, stats
+from lmm_sae.core.workdir import Workdir
+
+Figure = dict[str, Any]
+
+NO_TRUTH = 'the images of this run have no known masks and labels'
+OBJECTS = 0.8  # share of the firings that lie on objects
+
+BASELINES = {
+  'clean_concepts': ('clean_concepts_neurons',),
+  'explained_right': ('explained_right_shuffled',),
+  'iou': ('iou_random', 'iou_shuffled'),
+  'clip': ('clip_random', 'clip_shuffled'),
+  'steer_colour': ('steer_random',),
+  'steer_emotion': ('steer_random',),
+}
+
+
+def compute(workdir: Workdir, layers: tuple[int, ...]) -> dict[str, Any]:
+  """The figures of the first layer, and of every layer under `layers`."""
+  by_layer = {str(layer): _layer(workdir, layer) for layer in layers}
+  headline = dict(by_layer[str(layers[0])])
+  headline['seconds'] = _seconds(workdir)
+  headline['layers'] = by_layer
+  headline['format_version'] = records.FORMAT_VERSION
+  return headline
+
+
+def _layer(workdir: Workdir, layer: int) -> dict[str, Figure]:
+  truth = concepts.load(workdir, layer)
+  explained = _of_layer(
+    records.Explanation, workdir.file('explanations.jsonl'), layer
+  )
+  scores = _of_layer(records.Score, workdir.file('scores.jsonl'), layer)
+  steered = _of_layer(records.Steering, workdir.file('steering.jsonl'), layer)
+  attributed = _of_layer(
+    records.Attribution, workdir.file('attributions.jsonl'), layer
+  )
+  first = explained[0].explainer if explained else ''
+  return {
+    'fvu': _fvu(workdir, layer),
+    **_clean(workdir, layer, truth),
+    **_explained(truth, explained, first),
+    **_scored(scores, first),
+    **_steered(steered),
+    'attribution_correlation': stats.correlation_figure(
+      [
+        [
+          (one.effect, one.exact)
+          for one in answer.latents
+          if one.exact is not None
+        ]
+        for answer in attributed
+      ],
+      'no answer was attributed: run `lmm-sae attribute`',
+    ),
+  }
+
+
+def _of_layer(kind, path, layer: int) -> list:
+  return [
+    record for record in records.read(kind, path) if record.layer == layer
+  ]
+
+
+def _fvu(workdir: Workdir, layer: int) -> Figure:
+  path = workdir.file('evaluation.json')
+  table = json.loads(path.read_text()) if path.exists() else {}
+  row = table.get(str(layer), {}).get('all')
+  if row is None:
+    return stats.missing('not measured: run `lmm-sae evaluate`')
+  return {'value': row['fvu'], 'n': row.get('rows', 0), 'ci': row.get('fvu_ci')}
+
+
+def _clean(
+  workdir: Workdir, layer: int, truth: list[concepts.Concept]
+) -> dict[str, Figure]:
+  if not truth:
+    gone = stats.missing(NO_TRUTH)
+    return {'clean_concepts': gone, 'clean_concepts_neurons': dict(gone)}
+  met = len({row.concept for row in truth if row.concept})
+  clean = len({row.concept for row in truth if row.clean})
+  neurons = concepts.neurons(workdir, layer)
+  return {
+    'clean_concepts': {'value': clean, 'n': met, 'ci': None},
+    'clean_concepts_neurons': (
+      {'value': neurons, 'n': met, 'ci': None}
+      if neurons is not None
+      else stats.missing('raw neurons were not measured')
+    ),
+  }
+
+
+def _explained(
+  truth: list[concepts.Concept],
+  explained: list[records.Explanation],
+  first: str,
+) -> dict[str, Figure]:
+  """explained_right of the first explainer, and of each beside it."""
+  by_explainer: dict[str, dict[int, str]] = {}
+  for one in explained:
+    text = one.text if one.outcome == 'explained' else ''
+    by_explainer.setdefault(one.explainer, {})[one.latent] = text
+  each = {
+    name: _right(truth, texts) for name, texts in by_explainer.items()
+  } or {first: _right(truth, {})}
+  headline = each[first]
+  return {
+    'explained_right': {
+      **headline['explained_right'],
+      'explainer': first,
+      'explainers': each,
+    },
+    'explained_right_shuffled': headline['explained_right_shuffled'],
+  }
+
+
+def _right(
+  truth: list[concepts.Concept], texts: dict[int, str]
+) -> dict[str, Figure]:
+  """The share of explanations that name the concept, and by other texts."""
+  chosen = [
+    row
+    for row in truth
+    if row.objects >= OBJECTS
+    and row.f1_a > concepts.MIN_F1
+    and row.latent in texts
+  ]
+  reason = NO_TRUTH if not truth else 'no such latent has an explanation'
+  right_SS = [
+    [concepts.says(texts[other.latent], row.concept) for other in chosen]
+    for row in chosen
+  ]
+  right = [row[i] for i, row in enumerate(right_SS)]
+  others = [
+    (sum(row) - row[i]) / (len(row) - 1)
+    for i, row in enumerate(right_SS)
+    if len(row) > 1
+  ]
+  return {
+    'explained_right': stats.share_figure(right, reason),
+    'explained_right_shuffled': stats.mean_figure(others, reason),
+  }
+
+
+def _scored(scores: list[records.Score], first: str) -> dict[str, Figure]:
+  """iou and clip with their two baselines, of the first explainer."""
+  table: dict[tuple[str, str], list[float]] = {}
+  for one in scores:
+    if one.explainer in ('', first):
+      table.setdefault((one.scorer, one.baseline), []).append(one.value)
+  exact = ('iou_exact', '') in table
+  figures = {}
+  for name, scorer in (
+    ('iou', 'iou_exact' if exact else 'iou'),
+    ('clip', 'clip'),
+  ):
+    for baseline in ('', 'random', 'shuffled'):
+      figures[f'{name}_{baseline}'.rstrip('_')] = stats.mean_figure(
+        table.get((scorer, baseline), []),
+        'nothing was scored: run `lmm-sae score`',
+        scorer=scorer,
+      )
+  return figures
+
+
+def _steered(steered: list[records.Steering]) -> dict[str, Figure]:
+  """Flip rates of half B; only cases whose plain answer lacks the target."""
+  flips: dict[str, list[bool]] = {'colour': [], 'emotion': [], 'random': []}
+  by_target: dict[str, dict[str, list[bool]]] = {'colour': {}, 'emotion': {}}
+  doses: dict[str, float] = {}
+  for one in steered:
+    if one.study not in by_target or one.half != 'b':
+      continue
+    if concepts.says(one.text_plain, one.target):
+      continue
+    flip = concepts.says(one.text_edited, one.target)
+    if one.control:
+      flips['random'].append(flip)
+      continue
+    flips[one.study].append(flip)
+    by_target[one.study].setdefault(one.target, []).append(flip)
+    doses[one.study] = one.edits[0].value
+  reason = NO_TRUTH if steered else 'nothing was steered: run `lmm-sae steer`'
+  figures = {
+    f'steer_{name}': stats.share_figure(hits, reason)
+    for name, hits in flips.items()
+  }
+  for study, targets in by_target.items():
+    figures[f'steer_{study}']['dose'] = doses.get(study)
+    figures[f'steer_{study}']['targets'] = {
+      target: stats.share_figure(hits, reason)
+      for target, hits in targets.items()
+    }
+  return figures
+
+
+def _seconds(workdir: Workdir) -> Figure:
+  path = workdir.file('seconds.json')
+  if not path.exists():
+    return stats.missing('stages were run one by one, and not timed')
+  stages = json.loads(path.read_text())
+  total = sum(stages.values())
+  return {'value': total, 'n': len(stages), 'ci': None, 'stages': stages}
+
+
+def table(summary: dict[str, Any]) -> str:
+  """The summary as a text table, every figure beside its baselines."""
+  rows = [('figure', 'value', '95% CI', 'n', 'beside it')]
+  beside = {name for names in BASELINES.values() for name in names}
+  for name, figure in summary.items():
+    if name in beside or name in ('layers', 'format_version', 'seconds'):
+      continue
+    others = ', '.join(
+      f'{other.removeprefix(name + "_")} {_number(summary[other])}'
+      for other in BASELINES.get(name, ())
+    )
+    rows.append(
+      (name, _number(figure), _interval(figure), _count(figure), others)
+    )
+  widths = [max(len(row[i]) for row in rows) for i in range(4)]
+  lines = [
+    '  '.join(
+      [*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[4]]
+    )
+    for row in rows
+  ]
+  lines.extend(
+    f'{name}: {figure["reason"]}'
+    for name, figure in summary.items()
+    if name in BASELINES and figure['value'] is None
+  )
+  seconds = summary['seconds']
+  if seconds['value'] is not None:
+    stages = ', '.join(f'{k} {v:.0f}' for k, v in seconds['stages'].items())
+    lines.append(f'seconds: {seconds["value"]:.0f} ({stages})')
+  return '\n'.join(line.rstrip() for line in lines)
+
+
+def _number(figure: Figure) -> str:
+  value = figure['value']
+  if value is None:
+    return '-'
+  return str(value) if isinstance(value, int) else f'{value:.3f}'
+
+
+def _interval(figure: Figure) -> str:
+  ci = figure['ci']
+  return f'[{ci[0]:.3f}, {ci[1]:.3f}]' if ci else ''
+
+
+def _count(figure: Figure) -> str:
+  return str(figure['n']) if figure['n'] else ''
