@@ -32,8 +32,9 @@ class Edit:
     unit: `absolute`, or `peak`: value counts in the latent's peak activation.
     mode: clamp (the paper's: the PRE-activation is set before TopK), add,
       scale or ablate.
-    where: tokens that are edited: `all`, `text`, `image` or the name of a token
-      kind (see `tokens.Kind`), lower case.
+    where: tokens that are edited: `all`, `text`, `image`, the name of a token
+      kind (see `tokens.Kind`), lower case, or `span:WORDS`, the tokens of those
+      words wherever they stand in the prompt. BOS is never edited.
     when: `prompt` (the paper's), `generated` or `both`.
     keep_error: False: the reconstruction REPLACES the residual at the edited
       tokens (the paper's); True: what the SAE misses is added back.
