@@ -1,0 +1,200 @@
+"""Sparse products over the K active latents of a row, with their gradients.
+
+    encode(x, w, b; k) -> v, i    the k largest of relu(x wᵀ + b)
+    spmm  (v, i, w)    -> y       y[n] = Σ_k v[n, k] · w[i[n, k]]
+    sddmm (x, i, w)    -> v       v[n, k] = ⟨x[n], w[i[n, k]]⟩
+    spmm_t(v, i, x)    -> w       w[m] = Σ over i[n, k] = m of v[n, k] · x[n]
+
+The family is closed under differentiation, so the gradients are written once,
+here, and serve every backend:
+
+    encode  dx = spmm(dv, i, w), dw = spmm_t(dv, i, x)   dv = 0 where v = 0
+    spmm    dv = sddmm(dy, i, w), dw = spmm_t(v, i, dy)
+    sddmm   dx = spmm(dv, i, w), dw = spmm_t(dv, i, x)
+    spmm_t  dv = sddmm(x, i, dw), dx = spmm(v, i, dw)
+
+Inputs are float32 or bfloat16; products accumulate in float32 and results are
+float32. Indices are int32 in [0, M) and may repeat within a row.
+
+Backends: `reference` runs anywhere and is the specification; `cpu` is the fast
+one for a CPU. `auto` is `cpu` where JAX runs on a CPU and `reference` on every
+other platform: the choice is made by platform alone, never by shape, and a
+shape that a backend cannot do raises NotImplementedError.
+"""
+
+import functools
+import types
+
+import jax
+import jax.numpy as jnp
+
+from lmm_sae.kernels import cpu, reference
+
+BACKENDS: dict[str, types.ModuleType] = {'reference': reference, 'cpu': cpu}
+
+
+def backend_name(backend: str) -> str:
+  """The backend that `backend` stands for on this machine.
+
+  Raises:
+    NotImplementedError: there is no such backend.
+  """
+  if backend == 'auto':
+    return 'cpu' if jax.default_backend() == 'cpu' else 'reference'
+  if backend not in BACKENDS:
+    raise NotImplementedError(
+      f'kernel backend {backend!r} is not there: use '
+      f'--config.train.backend={" or ".join(("auto", *BACKENDS))}'
+    )
+  return backend
+
+
+def encode(
+  x_ND: jax.Array,
+  w_MD: jax.Array,
+  b_M: jax.Array,
+  /,
+  *,
+  k: int,
+  backend: str = 'auto',
+) -> tuple[jax.Array, jax.Array]:
+  """The k largest of relu(x wᵀ + b): values [N, K] descending, indices [N, K].
+
+  Ties go to the lower index; where fewer than k are positive, the rest of the
+  row is zeros of the lowest indices, through which no gradient flows.
+
+  Raises:
+    ValueError: shapes do not agree, or k is not in 1..M.
+  """
+  latents, width = w_MD.shape
+  _agree('x_ND', x_ND, (x_ND.shape[0], width))
+  _agree('b_M', b_M, (latents,))
+  if not 1 <= k <= latents:
+    raise ValueError(f'k is {k}; it must be in 1..{latents}, the latents')
+  return _encode(x_ND, w_MD, b_M, k, backend_name(backend))
+
+
+def spmm(
+  v_NK: jax.Array,
+  i_NK: jax.Array,
+  w_MD: jax.Array,
+  /,
+  *,
+  backend: str = 'auto',
+) -> jax.Array:
+  """y[n] = Σ_k v[n, k] · w[i[n, k]], float32 [N, D]."""
+  _agree('v_NK', v_NK, i_NK.shape)
+  return _spmm(v_NK, i_NK, w_MD, backend_name(backend))
+
+
+def sddmm(
+  x_ND: jax.Array,
+  i_NK: jax.Array,
+  w_MD: jax.Array,
+  /,
+  *,
+  backend: str = 'auto',
+) -> jax.Array:
+  """v[n, k] = ⟨x[n], w[i[n, k]]⟩, float32 [N, K]."""
+  _agree('x_ND', x_ND, (i_NK.shape[0], w_MD.shape[1]))
+  return _sddmm(x_ND, i_NK, w_MD, backend_name(backend))
+
+
+def spmm_t(
+  v_NK: jax.Array,
+  i_NK: jax.Array,
+  x_ND: jax.Array,
+  /,
+  *,
+  latents: int,
+  backend: str = 'auto',
+) -> jax.Array:
+  """w[m] = Σ over i[n, k] = m of v[n, k] · x[n], float32 [M, D]."""
+  _agree('v_NK', v_NK, i_NK.shape)
+  _agree('x_ND', x_ND, (i_NK.shape[0], x_ND.shape[1]))
+  return _spmm_t(v_NK, i_NK, x_ND, latents, backend_name(backend))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _encode(x_ND, w_MD, b_M, k, name):
+  return BACKENDS[name].encode(x_ND, w_MD, b_M, k=k)
+
+
+def _encode_fwd(x_ND, w_MD, b_M, k, name):
+  vals_NK, idx_NK = _encode(x_ND, w_MD, b_M, k, name)
+  return (vals_NK, idx_NK), (x_ND, w_MD, b_M, vals_NK > 0, idx_NK)
+
+
+def _encode_bwd(k, name, saved, grads):
+  del k
+  x_ND, w_MD, b_M, fired_NK, i_NK = saved
+  dv_NK = jnp.where(fired_NK, grads[0], 0)
+  dx_ND = _spmm(dv_NK, i_NK, w_MD, name)
+  dw_MD = _spmm_t(dv_NK, i_NK, x_ND, w_MD.shape[0], name)
+  db_M = jnp.zeros(b_M.shape, jnp.float32).at[i_NK].add(dv_NK)
+  return _like(dx_ND, x_ND), _like(dw_MD, w_MD), _like(db_M, b_M)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _spmm(v_NK, i_NK, w_MD, name):
+  return BACKENDS[name].spmm(v_NK, i_NK, w_MD)
+
+
+def _spmm_fwd(v_NK, i_NK, w_MD, name):
+  return _spmm(v_NK, i_NK, w_MD, name), (v_NK, i_NK, w_MD)
+
+
+def _spmm_bwd(name, saved, dy_ND):
+  v_NK, i_NK, w_MD = saved
+  dv_NK = _sddmm(dy_ND, i_NK, w_MD, name)
+  dw_MD = _spmm_t(v_NK, i_NK, dy_ND, w_MD.shape[0], name)
+  return _like(dv_NK, v_NK), None, _like(dw_MD, w_MD)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _sddmm(x_ND, i_NK, w_MD, name):
+  return BACKENDS[name].sddmm(x_ND, i_NK, w_MD)
+
+
+def _sddmm_fwd(x_ND, i_NK, w_MD, name):
+  return _sddmm(x_ND, i_NK, w_MD, name), (x_ND, i_NK, w_MD)
+
+
+def _sddmm_bwd(name, saved, dv_NK):
+  x_ND, i_NK, w_MD = saved
+  dx_ND = _spmm(dv_NK, i_NK, w_MD, name)
+  dw_MD = _spmm_t(dv_NK, i_NK, x_ND, w_MD.shape[0], name)
+  return _like(dx_ND, x_ND), None, _like(dw_MD, w_MD)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _spmm_t(v_NK, i_NK, x_ND, latents, name):
+  return BACKENDS[name].spmm_t(v_NK, i_NK, x_ND, latents=latents)
+
+
+def _spmm_t_fwd(v_NK, i_NK, x_ND, latents, name):
+  return _spmm_t(v_NK, i_NK, x_ND, latents, name), (v_NK, i_NK, x_ND)
+
+
+def _spmm_t_bwd(latents, name, saved, dw_MD):
+  del latents
+  v_NK, i_NK, x_ND = saved
+  dv_NK = _sddmm(x_ND, i_NK, dw_MD, name)
+  dx_ND = _spmm(v_NK, i_NK, dw_MD, name)
+  return _like(dv_NK, v_NK), None, _like(dx_ND, x_ND)
+
+
+_encode.defvjp(_encode_fwd, _encode_bwd)
+_spmm.defvjp(_spmm_fwd, _spmm_bwd)
+_sddmm.defvjp(_sddmm_fwd, _sddmm_bwd)
+_spmm_t.defvjp(_spmm_t_fwd, _spmm_t_bwd)
+
+
+def _like(grad: jax.Array, primal: jax.Array) -> jax.Array:
+  """A gradient in the dtype of what it belongs to."""
+  return grad.astype(primal.dtype)
+
+
+def _agree(name: str, array: jax.Array, shape: tuple[int, ...]) -> None:
+  if array.shape != shape:
+    raise ValueError(f'{name} has shape {array.shape}; it must be {shape}')

@@ -1,0 +1,45 @@
+"""The four functions in plain jnp: the specification every backend must meet.
+
+Nothing here is careful with memory: encode holds [N, M] and the others hold
+[N, K, D]. Products accumulate in float32, whatever the inputs are, and results
+are float32.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+F32 = jnp.float32
+
+
+def encode(
+  x_ND: jax.Array, w_MD: jax.Array, b_M: jax.Array, /, *, k: int
+) -> tuple[jax.Array, jax.Array]:
+  """The k largest of relu(x wᵀ + b), descending, ties to the lower index."""
+  pre_NM = jnp.dot(x_ND, w_MD.T, preferred_element_type=F32) + b_M.astype(F32)
+  vals_NK, idx_NK = lax.top_k(jnp.maximum(pre_NM, 0), k)
+  return vals_NK, idx_NK
+
+
+def spmm(v_NK: jax.Array, i_NK: jax.Array, w_MD: jax.Array, /) -> jax.Array:
+  """y[n] = Σ_k v[n, k] · w[i[n, k]]."""
+  return jnp.einsum(
+    'nk,nkd->nd', v_NK.astype(F32), w_MD[i_NK].astype(F32), precision='highest'
+  )
+
+
+def sddmm(x_ND: jax.Array, i_NK: jax.Array, w_MD: jax.Array, /) -> jax.Array:
+  """v[n, k] = ⟨x[n], w[i[n, k]]⟩."""
+  return jnp.einsum(
+    'nd,nkd->nk', x_ND.astype(F32), w_MD[i_NK].astype(F32), precision='highest'
+  )
+
+
+def spmm_t(
+  v_NK: jax.Array, i_NK: jax.Array, x_ND: jax.Array, /, *, latents: int
+) -> jax.Array:
+  """w[m] = Σ over i[n, k] = m of v[n, k] · x[n], for all M = `latents` rows."""
+  w_MD = jnp.zeros((latents, x_ND.shape[1]), F32)
+  return w_MD.at[i_NK].add(
+    v_NK.astype(F32)[..., None] * x_ND.astype(F32)[:, None]
+  )

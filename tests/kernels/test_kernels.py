@@ -1,0 +1,225 @@
+"""Every backend against the reference, in one body."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lmm_sae.kernels import cpu, ops, reference
+
+N, D, M = 5, 6, 12
+TOLERANCE = {'float32': 2e-6, 'bfloat16': 2e-2}
+
+backends = pytest.mark.parametrize('backend', sorted(ops.BACKENDS))
+dtypes = pytest.mark.parametrize('dtype', sorted(TOLERANCE))
+ks = pytest.mark.parametrize('k', [1, 3, M])
+
+
+def inputs(k, dtype='float32', rows=N, width=D, latents=M):
+  """x, w, b and a code with repeated indices, all of `dtype`."""
+  rng = np.random.default_rng(0)
+  x_ND = jnp.asarray(rng.normal(size=(rows, width)), dtype)
+  w_MD = jnp.asarray(rng.normal(size=(latents, width)), dtype)
+  b_M = jnp.asarray(rng.normal(size=latents), dtype)
+  v_NK = jnp.asarray(rng.normal(size=(rows, k)), dtype)
+  i_NK = jnp.asarray(rng.integers(latents, size=(rows, k)), 'int32')
+  return x_ND, w_MD, b_M, v_NK, i_NK
+
+
+def assert_close(got, want, dtype):
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(
+      np.asarray(a, 'float32'),
+      np.asarray(b, 'float32'),
+      rtol=TOLERANCE[dtype],
+      atol=TOLERANCE[dtype],
+    ),
+    got,
+    want,
+  )
+
+
+def dense_code(v_NK, i_NK, latents=M):
+  """The code as a matrix [N, M], by plain indexing."""
+  rows = jnp.arange(i_NK.shape[0])[:, None]
+  return jnp.zeros((i_NK.shape[0], latents)).at[rows, i_NK].add(v_NK)
+
+
+@backends
+@dtypes
+@ks
+def test_values_equal_the_reference(backend, dtype, k):
+  x_ND, w_MD, b_M, v_NK, i_NK = inputs(k, dtype)
+  chosen = {'backend': backend}
+  vals_NK, idx_NK = ops.encode(x_ND, w_MD, b_M, k=k, **chosen)
+  want_vals_NK, want_idx_NK = reference.encode(x_ND, w_MD, b_M, k=k)
+  assert_close(vals_NK, want_vals_NK, dtype)
+  np.testing.assert_array_equal(idx_NK, want_idx_NK)
+  assert_close(
+    (
+      ops.spmm(v_NK, i_NK, w_MD, **chosen),
+      ops.sddmm(x_ND, i_NK, w_MD, **chosen),
+      ops.spmm_t(v_NK, i_NK, x_ND, latents=M, **chosen),
+    ),
+    (
+      reference.spmm(v_NK, i_NK, w_MD),
+      reference.sddmm(x_ND, i_NK, w_MD),
+      reference.spmm_t(v_NK, i_NK, x_ND, latents=M),
+    ),
+    dtype,
+  )
+
+
+@backends
+@dtypes
+@ks
+def test_results_are_float32_and_gradients_keep_the_dtype(backend, dtype, k):
+  x_ND, w_MD, b_M, *_ = inputs(k, dtype)
+
+  def loss(x_ND, w_MD, b_M):
+    v_NK, i_NK = ops.encode(x_ND, w_MD, b_M, k=k, backend=backend)
+    assert v_NK.dtype == jnp.float32
+    assert i_NK.dtype == jnp.int32
+    y_ND = ops.spmm(v_NK, i_NK, w_MD, backend=backend)
+    assert y_ND.dtype == jnp.float32
+    return jnp.sum(y_ND)
+
+  grads = jax.grad(loss, argnums=(0, 1, 2))(x_ND, w_MD, b_M)
+  assert {grad.dtype.name for grad in grads} == {dtype}
+
+
+@backends
+@ks
+def test_gradients_equal_those_of_a_dense_formulation(backend, k):
+  x_ND, w_MD, b_M, v_NK, i_NK = inputs(k)
+  rng = np.random.default_rng(1)
+  to_ND = jnp.asarray(rng.normal(size=(N, D)), 'float32')
+  to_NK = jnp.asarray(rng.normal(size=(N, k)), 'float32')
+  to_MD = jnp.asarray(rng.normal(size=(M, D)), 'float32')
+  chosen = {'backend': backend}
+
+  def dense_encode(x_ND, w_MD, b_M):
+    z_NM = jax.nn.relu(x_ND @ w_MD.T + b_M)
+    top_N1 = jnp.sort(z_NM, -1)[:, -k][:, None]
+    return z_NM * (z_NM >= top_N1)
+
+  pairs = [
+    (
+      lambda x, w, b: (
+        dense_code(*ops.encode(x, w, b, k=k, **chosen)) @ to_MD * to_ND
+      ),
+      lambda x, w, b: dense_encode(x, w, b) @ to_MD * to_ND,
+      (x_ND, w_MD, b_M),
+    ),
+    (
+      lambda v, w: ops.spmm(v, i_NK, w, **chosen) * to_ND,
+      lambda v, w: dense_code(v, i_NK) @ w * to_ND,
+      (v_NK, w_MD),
+    ),
+    (
+      lambda x, w: ops.sddmm(x, i_NK, w, **chosen) * to_NK,
+      lambda x, w: jnp.take_along_axis(x @ w.T, i_NK, 1) * to_NK,
+      (x_ND, w_MD),
+    ),
+    (
+      lambda v, x: ops.spmm_t(v, i_NK, x, latents=M, **chosen) * to_MD,
+      lambda v, x: dense_code(v, i_NK).T @ x * to_MD,
+      (v_NK, x_ND),
+    ),
+  ]
+  for sparse, dense, primals in pairs:
+    every = tuple(range(len(primals)))
+    got = jax.grad(lambda *a, f=sparse: jnp.sum(f(*a)), every)(*primals)
+    want = jax.grad(lambda *a, f=dense: jnp.sum(f(*a)), every)(*primals)
+    assert_close(got, want, 'float32')
+    assert max(float(jnp.abs(grad).max()) for grad in want) > 0.1
+
+
+@backends
+def test_ties_go_to_the_lower_index(backend):
+  w_MD = jnp.ones((M, D))
+  _, idx_NK = ops.encode(
+    jnp.ones((N, D)), w_MD, jnp.zeros(M), k=3, backend=backend
+  )
+  np.testing.assert_array_equal(idx_NK, np.tile([0, 1, 2], (N, 1)))
+
+
+@backends
+def test_rows_with_too_few_positives_are_filled_with_zeros(backend):
+  b_M = jnp.full(M, -1.0).at[7].set(2.0)
+  vals_NK, idx_NK = ops.encode(
+    jnp.zeros((N, D)), jnp.ones((M, D)), b_M, k=3, backend=backend
+  )
+  np.testing.assert_array_equal(vals_NK, np.tile([2.0, 0, 0], (N, 1)))
+  np.testing.assert_array_equal(idx_NK, np.tile([7, 0, 1], (N, 1)))
+
+
+@backends
+def test_no_gradient_flows_through_a_latent_that_did_not_fire(backend):
+  b_M = jnp.full(M, -1.0).at[7].set(2.0)
+
+  def total(b_M):
+    x_ND, w_MD = jnp.zeros((N, D)), jnp.ones((M, D))
+    return jnp.sum(ops.encode(x_ND, w_MD, b_M, k=3, backend=backend)[0])
+
+  want_M = np.zeros(M)
+  want_M[7] = N
+  np.testing.assert_array_equal(jax.grad(total)(b_M), want_M)
+
+
+@pytest.mark.parametrize('latents', [512, 517])
+@pytest.mark.parametrize('k', [1, 7])
+def test_the_group_filter_is_exact_with_ties_everywhere(latents, k):
+  rng = np.random.default_rng(2)
+  z_NM = jnp.asarray(rng.integers(0, 6, size=(40, latents)), 'float32')
+  assert k * cpu.GROUP * 2 <= latents  # the filter runs
+  want_vals_NK, want_idx_NK = jax.lax.top_k(z_NM, k)
+  vals_NK, idx_NK = cpu.top_k(z_NM, k)
+  np.testing.assert_array_equal(vals_NK, want_vals_NK)
+  np.testing.assert_array_equal(idx_NK, want_idx_NK)
+
+
+@pytest.mark.parametrize('rows', [cpu.ROWS, cpu.ROWS + 3, 2 * cpu.ROWS])
+def test_chunks_of_rows_join_up(rows):
+  x_ND, w_MD, b_M, *_ = inputs(3, rows=rows, latents=130)
+  vals_NK, idx_NK = ops.encode(x_ND, w_MD, b_M, k=3, backend='cpu')
+  want_vals_NK, want_idx_NK = reference.encode(x_ND, w_MD, b_M, k=3)
+  assert_close(vals_NK, want_vals_NK, 'float32')
+  np.testing.assert_array_equal(idx_NK, want_idx_NK)
+
+
+def test_the_cpu_backend_holds_no_array_of_rows_by_latents():
+  rows, latents, k = 4 * cpu.ROWS, 768, 8
+  x_ND, w_MD, b_M, *_ = inputs(k, rows=rows, width=32, latents=latents)
+
+  def loss(x_ND, w_MD, b_M):
+    code = ops.encode(x_ND, w_MD, b_M, k=k, backend='cpu')
+    return jnp.sum(ops.spmm(*code, w_MD, backend='cpu') ** 2)
+
+  text = jax.jit(jax.grad(loss, (0, 1, 2))).lower(x_ND, w_MD, b_M).as_text()
+  assert f'{rows}x{latents}' not in text
+  assert f'{rows}x{k}x32' not in text
+  assert f'{cpu.ROWS}x{latents}' in text
+
+
+def test_auto_is_the_cpu_backend_on_a_cpu():
+  assert ops.backend_name('auto') == 'cpu'
+
+
+def test_an_unknown_backend_names_the_flag():
+  x_ND, w_MD, b_M, *_ = inputs(3)
+  with pytest.raises(NotImplementedError, match=r'--config\.train\.backend='):
+    ops.encode(x_ND, w_MD, b_M, k=3, backend='abacus')
+
+
+@pytest.mark.parametrize('k', [0, M + 1])
+def test_k_out_of_bounds_is_refused(k):
+  x_ND, w_MD, b_M, *_ = inputs(3)
+  with pytest.raises(ValueError, match=f'k is {k}'):
+    ops.encode(x_ND, w_MD, b_M, k=k)
+
+
+def test_a_width_that_does_not_agree_is_refused():
+  x_ND, w_MD, b_M, *_ = inputs(3)
+  with pytest.raises(ValueError, match='x_ND has shape'):
+    ops.encode(x_ND[:, :4], w_MD, b_M, k=3)
