@@ -1,0 +1,342 @@
+"""The command line: one config, one workdir, one verb per stage.
+
+lmm-sae STAGE --config=FILE --workdir=DIR [--config.section.field=value]
+"""
+
+import dataclasses
+import difflib
+import errno
+import importlib
+import os
+import re
+import signal
+import sys
+import traceback
+
+from absl import flags, logging
+from ml_collections import ConfigDict, config_flags
+
+import lmm_sae
+from lmm_sae.core import config as configs
+from lmm_sae.core import host
+from lmm_sae.core.workdir import Workdir
+
+USAGE = """\
+lmm-sae STAGE --config=FILE --workdir=DIR [--config.section.field=value]
+
+  --config     a file with get_config(), or the config.json of a workdir
+  --workdir    folder of the run; running a stage again goes on where it was
+  --verbosity  1: more is logged, and an error shows its traceback; -1: less
+  --dry_run    show the resolved config and stop
+  --norecord   leave config.json as it is
+  --help       with a stage: its fields, their values and what they mean"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+  """What `--help` says of a stage, and how it treats the workdir.
+
+  Attributes:
+    does: one line for people.
+    sections: sections of the config that it reads.
+    writes: whether it writes the workdir; those that do not need no config.json
+      of their own and leave it alone.
+    needs: whether --workdir must be given.
+  """
+
+  does: str
+  sections: tuple[str, ...]
+  writes: bool = True
+  needs: bool = True
+
+
+STAGES = {
+  'all': Stage('run the stages below in order, with the servers', ()),
+  'capture': Stage(
+    "store the subject's residual stream, token by token",
+    ('lmm', 'data', 'capture'),
+  ),
+  'train': Stage('fit a TopK SAE to the stored rows', ('sae', 'train')),
+  'evaluate': Stage('say how good the SAE is, by token kind', ('evaluate',)),
+  'index': Stage(
+    'find the images and tokens that fire each latent', ('index',)
+  ),
+  'explain': Stage(
+    'ask a larger LMM what the exemplars of a latent share', ('explain',)
+  ),
+  'score': Stage(
+    'ground each explanation in the images again', ('score', 'server')
+  ),
+  'steer': Stage('edit latents while the subject answers', ('steer', 'server')),
+  'attribute': Stage(
+    'find the latents that caused an answer', ('attribute', 'server')
+  ),
+  'report': Stage('put all of it on one page', ('report',)),
+  'serve': Stage(
+    'serve the subject and its judges over HTTP', ('lmm', 'server'), False
+  ),
+  'inspect': Stage('show what a workdir holds', ('inspect',), False),
+  'convert': Stage('read and write other SAE layouts', ('convert',)),
+  'plan': Stage(
+    'reckon disk, memory and hours before a run',
+    ('lmm', 'data', 'capture', 'sae', 'train', 'plan'),
+    False,
+    False,
+  ),
+  'doctor': Stage('say what runs on this machine, and why', (), False, False),
+}
+DEFAULT_WORKDIR = 'runs/demo'
+TOP = ('seed', 'acts')  # fields that every stage may read
+
+EXTRAS = {  # the extra that brings a package which the core does not need
+  'jax': 'sae',
+  'flax': 'sae',
+  'optax': 'sae',
+  'orbax': 'sae',
+  'grain': 'sae',
+  'torch': 'torch',
+  'transformers': 'torch',
+  'fastapi': 'serve',
+  'uvicorn': 'serve',
+  'ray': 'ray',
+  'datasets': 'data',
+  'tensorboardX': 'tb',
+  'wandb': 'wandb',
+}
+
+
+class UsageError(ValueError):
+  """The command line itself is wrong."""
+
+
+def main(argv: list[str] | None = None) -> int:
+  """Runs one command; the exit code is 0, 2 with a message, or 130."""
+  argv = list(sys.argv[1:] if argv is None else argv)
+  try:
+    return _run(argv)
+  except KeyboardInterrupt:
+    print('stopped; the same command goes on from here', file=sys.stderr)
+    return 130
+  except (ValueError, NotImplementedError, OSError, ImportError) as error:
+    if '--verbosity=1' in argv:
+      traceback.print_exc()
+    print(f'lmm-sae: {_message(error)}', file=sys.stderr)
+    return 2
+
+
+def _run(argv: list[str]) -> int:
+  overrides, rest = _split(argv)
+  names = [word for word in rest if not word.startswith('-')]
+  if {'-h', '--help', '--helpfull'} & set(rest):
+    return _help(names[0] if names else '', rest)
+  if not argv or names == ['help']:
+    return _help('', [])
+  if '--version' in rest:
+    print(lmm_sae.__version__)
+    return 0
+  values = _flags(rest)
+  name, stage = _stage(values.positional)
+  if not values.workdir and stage.needs:
+    raise UsageError(f'{name}: --workdir=DIR is missing')
+  if re.match(r'\w+://', values.workdir):
+    raise NotImplementedError(
+      f'--workdir={values.workdir}: a run is written to a local folder'
+    )
+  logging.use_absl_handler()
+  flags.FLAGS.mark_as_parsed()
+  logging.set_verbosity(values.verbosity)
+  config = resolve(_config_file(name, values.config), overrides)
+  workdir = Workdir.of(values.workdir or DEFAULT_WORKDIR, config.acts)
+  if stage.needs:
+    configs.prepare(config, workdir)
+  if values.dry_run:
+    print(f'{name} in {workdir.root}, with')
+    _show(config, tuple(config))
+    return 0
+  if stage.writes:
+    workdir.root.mkdir(parents=True, exist_ok=True)
+    if values.record:
+      configs.save(config, workdir)
+  _threads(name, config)
+  importlib.import_module(f'lmm_sae.stages.{name}').run(config, workdir)
+  return 0
+
+
+def resolve(path: str, overrides: list[str]) -> ConfigDict:
+  """The config of a file with `--config.section.field=value` applied.
+
+  Raises:
+    ValueError: no such file or field, or a value of another type.
+  """
+  config = configs.load(path)
+  known = configs.flat(config)
+  for word in overrides:
+    field = re.sub(r'^--?(no)?config\.|=.*$', '', word, flags=re.DOTALL)
+    if field not in known:
+      raise UsageError(configs.unknown(field, known))
+  # A bare number of latents is a count, not the one latent of that number.
+  overrides = [
+    re.sub(r'^--?config\.explain\.latents=(\d+)$', _COUNT, word)
+    for word in overrides
+  ]
+  values = flags.FlagValues()
+  argv = ['lmm-sae', *overrides]
+  config_flags.DEFINE_config_dict(
+    'config', config, flag_values=values, sys_argv=argv
+  )
+  try:
+    values(argv)
+  except (flags.Error, TypeError) as error:
+    raise UsageError(str(error)) from error
+  return values.config
+
+
+_COUNT = r'--config.explain.limit=\1'
+
+
+@dataclasses.dataclass(frozen=True)
+class _Values:
+  """The flags that are not fields of the config."""
+
+  config: str
+  workdir: str
+  verbosity: int
+  dry_run: bool
+  record: bool
+  positional: list[str]
+
+
+def _flags(rest: list[str]) -> _Values:
+  values = flags.FlagValues()
+  values.set_gnu_getopt(True)
+  for name in ('config', 'workdir'):
+    flags.DEFINE_string(name, '', '', flag_values=values)
+  flags.DEFINE_integer('verbosity', 0, '', flag_values=values)
+  flags.DEFINE_bool('dry_run', False, '', flag_values=values)
+  flags.DEFINE_bool('record', True, '', flag_values=values)
+  try:
+    positional = values(['lmm-sae', *rest])[1:]
+  except flags.Error as error:
+    raise UsageError(str(error)) from error
+  return _Values(
+    values.config,
+    values.workdir,
+    values.verbosity,
+    values.dry_run,
+    values.record,
+    positional,
+  )
+
+
+def _split(argv: list[str]) -> tuple[list[str], list[str]]:
+  """The overrides of config fields, and the other words."""
+  overrides, rest = [], []
+  words = iter(argv)
+  for word in words:
+    if not re.match(r'--?(no)?config\.', word):
+      rest.append(word)
+    elif '=' in word or re.match(r'--?noconfig\.', word):
+      overrides.append(word)
+    else:
+      value = next(words, '')
+      if not value or value.startswith('--'):
+        raise UsageError(f'{word} has no value: write {word}=VALUE')
+      overrides.append(f'{word}={value}')
+  return overrides, rest
+
+
+def _stage(positional: list[str]) -> tuple[str, Stage]:
+  if not positional:
+    raise UsageError(f'which stage? One of {", ".join(STAGES)}')
+  name, *more = positional
+  if name not in STAGES:
+    near = difflib.get_close_matches(name, STAGES, n=1)
+    hint = f'did you mean {near[0]}?' if near else f'one of {", ".join(STAGES)}'
+    raise UsageError(f'unknown stage {name!r}: {hint}')
+  if more:
+    raise UsageError(f'one stage at a time: what is {" ".join(more)!r}?')
+  return name, STAGES[name]
+
+
+def _config_file(name: str, path: str) -> str:
+  if path:
+    return path
+  base = configs.base_file()
+  if STAGES[name].needs or base is None:
+    raise UsageError(f'{name}: --config=FILE is missing')
+  return str(base)
+
+
+def _threads(name: str, config: ConfigDict) -> None:
+  """Says how many threads OpenMP takes, before torch is imported."""
+  if name in ('capture', 'serve'):
+    threads = config.lmm.threads or host.cores()
+    os.environ.setdefault('OMP_NUM_THREADS', str(threads))
+  os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
+
+
+def _help(name: str, rest: list[str]) -> int:
+  if hasattr(signal, 'SIGPIPE'):
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` is no error
+  if not name:
+    print(f'{USAGE}\n\nStages:')
+    for key, stage in STAGES.items():
+      print(f'  {key:<10} {stage.does}')
+    return 0
+  _, stage = _stage([name])
+  print(f'lmm-sae {name}: {stage.does}\n\n{USAGE}')
+  given = [word.partition('=')[2] for word in rest if '--config=' in word]
+  base = configs.base_file(given[0] if given else None)
+  if base is None:
+    print('\nWith --config=FILE its fields are shown too.')
+    return 0
+  config = configs.load(given[0] if given else base)
+  sections = stage.sections
+  if name == 'all':
+    sections = tuple(config)
+  elif name != 'doctor':
+    sections += TOP
+  print(f'\nFields, with their values in {given[0] if given else base}:')
+  _show(config, sections, configs.comments(base))
+  return 0
+
+
+def _show(
+  config: ConfigDict,
+  sections: tuple[str, ...],
+  comments: dict[str, str] | None = None,
+) -> None:
+  """Prints the fields of some sections, in base.py's order where known."""
+  fields = configs.flat(config)
+  order = {field: place for place, field in enumerate(comments or fields)}
+  for field in sorted(fields, key=lambda name: order.get(name, len(order))):
+    if field.partition('.')[0] not in sections:
+      continue
+    value = (
+      '***' if field in configs.SECRET and fields[field] else fields[field]
+    )
+    print(f'  --config.{field}={value!r}')
+    if comments:
+      print(f'      {comments.get(field, "")}')
+
+
+def _message(error: Exception) -> str:
+  """What went wrong and what to do, in one or two lines."""
+  text = str(error)
+  if isinstance(error, UsageError):
+    return f'{text}\n(lmm-sae --help shows how it is used)'
+  code = error.errno if isinstance(error, OSError) else None
+  if code in (errno.ENOSPC, errno.EDQUOT) or 'No space left' in text:
+    return (
+      f'disk full: {text}\nFree some space and run the same command: what is '
+      'committed is kept'
+    )
+  if code == errno.EADDRINUSE:
+    return f'port taken: {text}\nChoose another with --config.server.port'
+  if isinstance(error, ConnectionError):
+    return f'cannot reach a server: {text}'
+  if isinstance(error, ModuleNotFoundError) and error.name:
+    package = error.name.partition('.')[0]
+    if package in EXTRAS:
+      return f'{text}: pip install "lmm_sae[{EXTRAS[package]}]"'
+  return text or type(error).__name__

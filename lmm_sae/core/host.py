@@ -1,0 +1,82 @@
+"""What a run stands on: the commit, the versions, the threads."""
+
+import functools
+import importlib.metadata
+import os
+import pathlib
+import subprocess
+
+import lmm_sae
+
+PACKAGES = (
+  'lmm_sae',
+  'numpy',
+  'ml_dtypes',
+  'tensorstore',
+  'pillow',
+  'ml_collections',
+  'safetensors',
+  'openai',
+  'jax',
+  'jaxlib',
+  'flax',
+  'optax',
+  'orbax-checkpoint',
+  'grain',
+  'torch',
+  'transformers',
+  'tokenizers',
+  'accelerate',
+  'fastapi',
+  'uvicorn',
+  'ray',
+  'datasets',
+)
+
+
+def root() -> pathlib.Path:
+  """The folder that holds the package: the repository, in a checkout."""
+  return pathlib.Path(lmm_sae.__file__).resolve().parents[1]
+
+
+def weights() -> pathlib.Path:
+  """The folder of the packaged models."""
+  return pathlib.Path(lmm_sae.__file__).resolve().parent / 'scenes' / 'weights'
+
+
+def versions(packages: tuple[str, ...] = PACKAGES) -> dict[str, str]:
+  """The version of each package, '' where it is absent; none is imported."""
+  found = {}
+  for name in packages:
+    try:
+      found[name] = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+      found[name] = ''
+  return found
+
+
+@functools.cache
+def commit() -> str:
+  """The git commit of the code, `+dirty` if changed; '' outside a checkout."""
+  if not (root() / '.git').exists():
+    return ''
+  try:
+    head = _git('rev-parse', 'HEAD')
+    changed = _git('status', '--porcelain', '--untracked-files=no')
+  except (FileNotFoundError, subprocess.CalledProcessError):
+    return ''  # no git program, or a checkout that is someone else's
+  return head + ('+dirty' if changed else '')
+
+
+def cores() -> int:
+  """How many cores this process may use."""
+  if hasattr(os, 'sched_getaffinity'):
+    return len(os.sched_getaffinity(0))
+  return os.cpu_count() or 1
+
+
+def _git(*words: str) -> str:
+  command = ['git', '-C', str(root()), *words]
+  return subprocess.run(
+    command, capture_output=True, text=True, check=True
+  ).stdout.strip()
