@@ -74,7 +74,7 @@ def get_config() -> ConfigDict:
       'explain': {
         'base_url': '',  # OpenAI-compatible server; '': one is started
         'model': '',  # its model; '': the packaged base LMM
-        'others': ('small',),  # further packaged explainers, for comparison
+        'others': ('small',),  # further packaged explainers, without base_url
         'api_key': '',  # or the environment's OPENAI_API_KEY
         'latents': (),  # latents to explain; (): all alive
         'limit': 0,  # at most so many; 0: no limit
@@ -99,6 +99,7 @@ def get_config() -> ConfigDict:
       },
       'steer': {
         'latents': (),  # latents to steer; (): best per concept, or explained
+        'candidates': 2,  # latents a concept tried on half A, by F1 on A
         'doses': (1.0, 2.0, 3.0, 4.0, 6.0, 8.0),  # in units of the peak
         'where': 'image',  # tokens that are clamped
         'when': 'prompt',  # prompt (paper), generated, both
@@ -107,7 +108,7 @@ def get_config() -> ConfigDict:
         'cases_b': 40,  # images a concept on half B, where figures are taken
         'prompts': ('What is your feeling right now?',),  # without truth
         'max_new_tokens': 12,  # of an answer
-        'batch': 8,  # rows of one request
+        'batch': 64,  # rows of one request
       },
       'attribute': {
         'samples': 60,  # answers of half B that are attributed
@@ -119,6 +120,13 @@ def get_config() -> ConfigDict:
         'title': '',  # '': made from the subject's name
         'latents': 0,  # pages at most; 0: every latent that fires
         'image_px': 128,  # longer side of an exemplar's picture
+      },
+      'plan': {
+        'samples': 0,  # samples captured; 0: data.limit, or the scenes
+        'tokens': 0,  # rows a sample, on average; 0: capture.max_tokens
+        'width': 0,  # D; 0: from the config.json of lmm.path
+        'devices': 1,  # that share the SAE and its rows
+        'tflops': 0.0,  # TFLOP/s one device sustains; 0: no hours are told
       },
       'server': {
         'url': '',  # of a running `lmm-sae serve`; '': one is started

@@ -1,0 +1,106 @@
+"""Puts many questions about a store's images to the subject server, in batches.
+
+asker = Asker(client, store, layer, peaks_M, batch=64, max_new_tokens=8)
+texts = asker.answers([Ask(12, 'how does the face feel?', (edit,))])
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from PIL import Image
+
+from lmm_sae.core.records import Edit
+from lmm_sae.core.remote import GenerateRow, SubjectClient
+from lmm_sae.core.store import ActivationStore
+
+
+@dataclasses.dataclass(frozen=True)
+class Ask:
+  """One answer that is wanted.
+
+  Attributes:
+    sample: of the store; -1: the prompt has no image.
+    edits: (): the plain model.
+    sae: without edits: the SAE's reconstruction takes the residual's place at
+      the tokens `where`, in the phase `when`.
+  """
+
+  sample: int
+  prompt: str
+  edits: tuple[Edit, ...] = ()
+  sae: bool = False
+  where: str = 'all'
+  when: str = 'prompt'
+
+
+def connect(url: str, token: str, timeout_s: float) -> SubjectClient:
+  """A client of the server that config.server names.
+
+  Raises:
+    ValueError: no server is named.
+  """
+  if not url:
+    raise ValueError(
+      'server.url is empty: start `lmm-sae serve` with the same --config and '
+      '--workdir and give its URL as --config.server.url, or run `lmm-sae '
+      'all`, which starts one'
+    )
+  return SubjectClient(url, token, timeout_s)
+
+
+class Asker:
+  """Asks about the images of one store, at one layer.
+
+  Args:
+    peaks_M: what edits of unit `peak` count in.
+    batch: rows of one request. The server shares work between rows of one image
+      and prompt, so such rows should stand together.
+  """
+
+  def __init__(
+    self,
+    client: SubjectClient,
+    store: ActivationStore,
+    layer: int,
+    peaks_M: np.ndarray,
+    batch: int,
+    max_new_tokens: int,
+  ):
+    self.client = client
+    self.layer = layer
+    self.batch = batch
+    self._peaks = {layer: peaks_M}
+    self._max_new_tokens = max_new_tokens
+    self.image = functools.lru_cache(maxsize=64)(store.image)
+
+  def answers(self, asks: Sequence[Ask]) -> list[str]:
+    """The answers, greedy, in order."""
+    return [text for part in self.batches(asks) for text in self.ask(part)]
+
+  def batches(self, asks: Sequence[Ask]) -> Iterator[Sequence[Ask]]:
+    for start in range(0, len(asks), self.batch):
+      yield asks[start : start + self.batch]
+
+  def ask(self, asks: Sequence[Ask]) -> list[str]:
+    """The answers of one request."""
+    samples = list(dict.fromkeys(a.sample for a in asks if a.sample >= 0))
+    place = {sample: i for i, sample in enumerate(samples)}
+    rows = [
+      GenerateRow(
+        place.get(a.sample),
+        a.prompt,
+        a.edits,
+        self.layer,
+        a.sae,
+        a.where,
+        a.when,
+      )
+      for a in asks
+    ]
+    images: list[Image.Image] = [self.image(sample) for sample in samples]
+    texts = self.client.generate(
+      rows, images, self._max_new_tokens, peaks=self._peaks
+    )
+    return [text.strip() for text in texts]
