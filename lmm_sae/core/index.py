@@ -21,14 +21,12 @@ import pathlib
 
 import numpy as np
 
-from lmm_sae.core import tokens
-
 FORMAT_VERSION = 1
 
 RULE = (
-  'always_on: the latent fires on the base view of more than `always_on` of '
-  'the images, and its strength is spread over more than that share too: '
-  'exp(entropy of its pooled mean over images) / images'
+  'always_on: min(images that the latent fires on, exp(entropy of its pooled '
+  'mean over images)) / images, at the lower end of its 95% Wilson interval, '
+  'is above `always_on`: it fires on most images, and about equally'
 )
 
 
@@ -74,7 +72,8 @@ class IndexMeta:
   """What an index was made of; the file meta.json, written last.
 
   Attributes:
-    latents: M; samples: S of the split; images: samples with a base view.
+    latents: M; samples: one above the highest sample of the split, S; images:
+      samples with a base view.
     grid: (rows, cols) of the base view.
     rows: rows encoded, BOS included; firings: of all of them, every kind.
     threshold, always_on: as configured; rule: what `always_on` means.
@@ -107,7 +106,7 @@ class LatentIndex:
       (over firing rows; BOS out), peak_base, peak_image (base view, tiles and
       newlines), dead (fires on nothing but perhaps BOS), always_on (meta.rule).
     duplicate_S: the first sample whose image is nearly this one's; itself where
-      there is none. Only the first is ever an exemplar.
+      there is none. Of such images only the strongest is an exemplar.
   """
 
   def __init__(self, path: pathlib.Path, meta: IndexMeta):
@@ -246,20 +245,3 @@ def read_meta(path: pathlib.Path) -> IndexMeta | None:
     )
   fields['grid'] = tuple(fields['grid'])
   return IndexMeta(**fields)
-
-
-def stat_names() -> list[str]:
-  """The names of `LatentIndex.stats`."""
-  kinds = [k.name.lower() for k in tokens.Kind if k != tokens.Kind.PADDING]
-  return [
-    'rows_fired',
-    'samples_fired',
-    'images_fired',
-    *(f'fired_{kind}' for kind in kinds),
-    'peak',
-    'mean',
-    'peak_base',
-    'peak_image',
-    'dead',
-    'always_on',
-  ]
