@@ -1,7 +1,7 @@
 """Near-duplicate images: equal once both are small.
 
 A copy that was scaled, or saved again as JPEG, keeps the colours of an 8 x 8
-thumbnail to within a level or two of 255; two pictures of different things do
+thumbnail to within a few levels of 255; two pictures of different things do
 not. Such copies would fill a latent's exemplars with one picture.
 """
 
@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 SIDE = 8  # pixels a side of the thumbnail
-LEVELS = 4  # of 255, by which no channel of no pixel of a copy may differ
+LEVELS = 8  # of 255, by which no channel of no pixel of a copy may differ
 
 
 def thumbnail(image: Image.Image) -> np.ndarray:
