@@ -26,6 +26,8 @@ TAIL = 15  # lines of a log that are shown
 
 _SERVING = re.compile(r'^serving on (http://\S+)', re.MULTILINE)
 _PR_SET_PDEATHSIG = 1
+# Loopback is never reached through a proxy.
+_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 _LIBC = ctypes.CDLL(None) if sys.platform == 'linux' else None
 
 
@@ -138,7 +140,7 @@ class HealthServer(Server):
 
   def _find(self) -> str:
     try:
-      with urllib.request.urlopen(f'{self._health}/health', timeout=5.0):
+      with _DIRECT.open(f'{self._health}/health', timeout=5.0):
         return self._health
     except (urllib.error.URLError, ConnectionError, TimeoutError):
       return ''
