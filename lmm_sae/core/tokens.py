@@ -2,6 +2,7 @@
 
 import dataclasses
 import enum
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -71,3 +72,40 @@ class TokenMap:
   def where(self, name: str) -> np.ndarray:
     """Boolean [T]: the tokens of `kinds(name)`."""
     return np.isin(self.kind_T, [int(kind) for kind in kinds(name)])
+
+
+ARRAYS = ('token_T', 'kind_T', 'image_T', 'row_T', 'col_T', 'box_T4')
+
+
+def text_map(token_T: np.ndarray, kind_T: np.ndarray, /) -> TokenMap:
+  """The map of tokens that look at no image."""
+  count = len(token_T)
+  return TokenMap(
+    token_T=token_T,
+    kind_T=kind_T,
+    image_T=np.full(count, -1, np.int16),
+    row_T=np.full(count, -1, np.int16),
+    col_T=np.full(count, -1, np.int16),
+    box_T4=np.zeros((count, 4), np.float32),
+    grid=(0, 0),
+  )
+
+
+def concatenate(maps: Sequence[TokenMap], grid: tuple[int, int]) -> TokenMap:
+  """One map after the other."""
+  arrays = {
+    name: np.concatenate([getattr(each, name) for each in maps])
+    for name in ARRAYS
+  }
+  return TokenMap(**arrays, grid=grid)
+
+
+def pad(tokens: TokenMap, mask_T: np.ndarray, token: int) -> TokenMap:
+  """The map spread over the True places of a mask; PADDING elsewhere."""
+  count = len(mask_T)
+  wide = text_map(
+    np.full(count, token, np.int32), np.full(count, Kind.PADDING, np.uint8)
+  )
+  for name in ARRAYS:
+    getattr(wide, name)[mask_T] = getattr(tokens, name)
+  return dataclasses.replace(wide, grid=tokens.grid)

@@ -24,12 +24,14 @@ SPECIAL = ('<|bos|>', '<|eot|>', '<|start|>', '<|end|>', '<|pad|>', '<image>')
 CHAT = (
   '{% for message in messages %}'
   "{{ '<|start|>' + message['role'] + '<|end|>\n\n' }}"
-  "{% for part in message['content'] | selectattr('type', 'equalto', 'image') %}"
+  "{% for part in message['content'] | selectattr('type', 'equalto', 'image') "
+  '%}'
   "{{ '<image>\n' }}{% endfor %}"
   "{% for part in message['content'] | selectattr('type', 'equalto', 'text') %}"
   "{{ part['text'] | trim + '<|eot|>' }}{% endfor %}"
   '{% endfor %}'
-  "{% if add_generation_prompt %}{{ '<|start|>assistant<|end|>\n\n' }}{% endif %}"
+  '{% if add_generation_prompt %}'
+  "{{ '<|start|>assistant<|end|>\n\n' }}{% endif %}"
 )
 WORDS = (
   'user assistant what is this picture a red cat sits on the blue mat and '
