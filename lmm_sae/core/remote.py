@@ -19,12 +19,10 @@ from PIL import Image
 
 from lmm_sae.core import wire
 from lmm_sae.core.records import Edit
-from lmm_sae.core.tokens import TokenMap
+from lmm_sae.core.tokens import ARRAYS, TokenMap
 
 # {layer: peak activation of a latent, by index}; an array [M] or a dict.
 Peaks = Mapping[int, Mapping[int, float] | np.ndarray]
-
-_MAP_FIELDS = ('token_T', 'kind_T', 'image_T', 'row_T', 'col_T', 'box_T4')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,7 +201,7 @@ class SubjectClient:
     return {
       'x_TD': arrays['x'],
       'grad_TD': arrays['grad'],
-      **{name: getattr(token_map, name) for name in _MAP_FIELDS},
+      **{name: getattr(token_map, name) for name in ARRAYS},
       'map': token_map,
       'logits': tuple(got['logits']),
       'tokens': tuple(got['tokens']),
@@ -400,10 +398,10 @@ def _used(
 def _token_map(
   arrays: dict[str, np.ndarray], key: str, grid: Sequence[int]
 ) -> TokenMap:
-  fields = {name: arrays[f'{name}_{key}'] for name in _MAP_FIELDS}
+  fields = {name: arrays[f'{name}_{key}'] for name in ARRAYS}
   return TokenMap(grid=(grid[0], grid[1]), **fields)
 
 
 def token_arrays(token_map: TokenMap, key: str) -> dict[str, np.ndarray]:
   """A token map as named arrays of a body: the other half of `_token_map`."""
-  return {f'{n}_{key}': getattr(token_map, n) for n in _MAP_FIELDS}
+  return {f'{n}_{key}': getattr(token_map, n) for n in ARRAYS}

@@ -16,7 +16,7 @@ from PIL import Image
 
 FORMAT_VERSION = 1
 
-_DTYPES = {
+DTYPES = {
   'F64': np.dtype(np.float64),
   'F32': np.dtype(np.float32),
   'F16': np.dtype(np.float16),
@@ -31,7 +31,7 @@ _DTYPES = {
   'U8': np.dtype(np.uint8),
   'BOOL': np.dtype(np.bool_),
 }
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _META = '__metadata__'
 
 
@@ -99,7 +99,7 @@ def unpack(body: bytes) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 def _array(name: str, entry: Any, data: np.ndarray) -> np.ndarray:
   """One array of the table, a view of `data`."""
   try:
-    dtype, shape = _DTYPES[entry['dtype']], entry['shape']
+    dtype, shape = DTYPES[entry['dtype']], entry['shape']
     start, end = entry['data_offsets']
     whole = all(type(n) is int and n >= 0 for n in (start, end, *shape))
   except (KeyError, TypeError, ValueError) as error:

@@ -1,0 +1,334 @@
+"""Runs the subject in two halves, split at the edited layer.
+
+What lies below the layer does not feel an edit of its output. So the lower half
+(image encoder, decoder layers up to and including the edited one) runs once for
+each image and prompt, and the upper half once for each edit set, from the
+edited residual on; tokens are then written by the whole model, one by one, with
+the keys and values of both halves. Prompts of equal length share a batch: no
+padding, so a batch gives what single runs give.
+"""
+
+import copy
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import DynamicCache
+
+from lmm_sae.core.records import Edit
+from lmm_sae.core.tokens import Kind, TokenMap, concatenate, text_map
+from lmm_sae.lmm import edits as edits_lib
+from lmm_sae.lmm import words
+from lmm_sae.lmm.llava import Subject
+from lmm_sae.lmm.sae import Code, Sae
+
+# Tokens in one batch: 2**14 rows of keys and values of an 8 B model are 2 GB.
+BATCH_TOKENS = 2**14
+
+
+class Cancelled(Exception):
+  """Nobody waits for the answer any more."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Asked:
+  """One image and text, ready for the model; T tokens.
+
+  Attributes:
+    inputs: the model's keyword arguments, of batch 1.
+    map: what each token is.
+  """
+
+  inputs: dict[str, torch.Tensor]
+  map: TokenMap
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Job:
+  """One run of the model that is asked for: edits are resolved."""
+
+  prompt: Asked
+  layer: int
+  edits: tuple[Edit, ...]
+
+
+class Below(NamedTuple):
+  """The lower half's result: residual of the layer, and its cache layers."""
+
+  x_BTD: torch.Tensor
+  cache: list[Any]
+
+
+class Batch(NamedTuple):
+  """Jobs that run together: same layer, equal lengths."""
+
+  places: list[int]
+  jobs: list[Job]
+  logits_BV: torch.Tensor
+  cache: DynamicCache
+
+
+def ask(
+  subject: Subject,
+  text: str,
+  image: Image.Image | None,
+  more: Sequence[int] = (),
+) -> Asked:
+  """The text (chat template applied), then the tokens `more`, as answer.
+
+  Raises:
+    ValueError: it is longer than the model reads.
+  """
+  images = [[] if image is None else [image]]
+  inputs = dict(subject.inputs([text], images, 'left'))
+  token_map = subject.token_maps([text], images, inputs)[0]
+  if more:
+    tail = torch.tensor([list(more)], device=inputs['input_ids'].device)
+    for name, extra in (
+      ('input_ids', tail),
+      ('attention_mask', torch.ones_like(tail)),
+    ):
+      inputs[name] = torch.cat([inputs[name], extra], 1)
+    answer = text_map(
+      np.array(more, np.int32), np.full(len(more), Kind.ANSWER, np.uint8)
+    )
+    token_map = concatenate([token_map, answer], token_map.grid)
+  limit = subject.model.config.get_text_config().max_position_embeddings
+  if len(token_map.token_T) >= limit:
+    raise ValueError(
+      f'the prompt has {len(token_map.token_T)} tokens, {subject.name} reads '
+      f'{limit}: shorten the text or the image'
+    )
+  return Asked(inputs, token_map)
+
+
+def _identity(hidden_states, *_, **__):
+  return hidden_states
+
+
+def below(subject: Subject, prompts: Sequence[Asked], layer: int) -> Below:
+  """Runs prompts of equal length up to and including the layer."""
+  caught: dict[int, torch.Tensor] = {}
+  inputs = {
+    name: torch.cat([p.inputs[name] for p in prompts])
+    for name in prompts[0].inputs
+  }
+  cache = _cache(subject)
+  upper = [subject.layer(i) for i in range(layer + 1, subject.num_layers)]
+  with (
+    edits_lib.replaced(upper, _identity),
+    subject.hooked({layer: caught.__setitem__}),
+  ):
+    subject.model(
+      **inputs, past_key_values=cache, use_cache=True, logits_to_keep=1
+    )
+  return Below(caught[layer], cache.layers[: layer + 1])
+
+
+def above(
+  subject: Subject, lower: Below, index_B: torch.Tensor, x_BTD: torch.Tensor
+) -> tuple[torch.Tensor, DynamicCache]:
+  """Runs the layers above the split from the residual x_BTD.
+
+  Args:
+    lower: of the prompts; index_B says which of them each x belongs to.
+
+  Returns:
+    The next token's logits [B, V] in float32, and a cache to go on from.
+  """
+  cache = _cache(subject)
+  split = len(lower.cache)
+  lower_layers = [subject.layer(i) for i in range(split)]
+  with edits_lib.replaced(lower_layers, lambda *_, **__: x_BTD):
+    out = subject.model.model.language_model(
+      inputs_embeds=x_BTD, past_key_values=cache, use_cache=True
+    )
+  logits_BV = subject.model.lm_head(out.last_hidden_state[:, -1]).float()
+  for i, entry in enumerate(lower.cache):
+    cache.layers[i] = copy.copy(entry)
+    cache.layers[i].batch_select_indices(index_B)
+  return logits_BV, cache
+
+
+def _cache(subject: Subject) -> DynamicCache:
+  return DynamicCache(config=subject.model.config.get_text_config())
+
+
+def batches(
+  subject: Subject,
+  saes: dict[int, Sae],
+  jobs: Sequence[Job],
+  check: Callable[[], None] = lambda: None,
+) -> Iterator[Batch]:
+  """Runs every job's prompt with its edits; `check` may raise Cancelled."""
+
+  def alike(place: int) -> tuple:
+    job = jobs[place]
+    pixels = job.prompt.inputs.get('pixel_values')
+    shape = () if pixels is None else tuple(pixels.shape)
+    return job.layer, len(job.prompt.map.token_T), shape
+
+  first: dict[int, int] = {}
+  for place, job in enumerate(jobs):
+    first.setdefault(id(job.prompt), place)
+  order = sorted(
+    range(len(jobs)), key=lambda i: (alike(i), first[id(jobs[i].prompt)])
+  )
+  for (layer, length, _), group in itertools.groupby(order, alike):
+    chunk, rows = list(group), max(1, BATCH_TOKENS // length)
+    for start in range(0, len(chunk), rows):
+      check()
+      places = chunk[start : start + rows]
+      chosen = [jobs[place] for place in places]
+      yield Batch(places, chosen, *_batch(subject, saes.get(layer), chosen))
+
+
+def _batch(subject: Subject, sae: Sae | None, jobs: Sequence[Job]):
+  """Logits and cache of jobs of one layer and length."""
+  prompts = list({id(job.prompt): job.prompt for job in jobs}.values())
+  place = {id(prompt): i for i, prompt in enumerate(prompts)}
+  lower = below(subject, prompts, jobs[0].layer)
+  index = [place[id(job.prompt)] for job in jobs]
+  index_B = torch.tensor(index, device=lower.x_BTD.device)
+  x_BTD = lower.x_BTD[index_B]
+  k = edits_lib.wide_k(sae, [job.edits for job in jobs]) if sae else 0
+  wide: dict[int, Code] = {}
+  for row, job in enumerate(jobs):
+    if not any(edit.when != 'generated' for edit in job.edits):
+      continue
+    x_TD = lower.x_BTD[index[row]]
+    if index[row] not in wide:
+      wide[index[row]] = sae.top(x_TD, k)
+    masks_ET = [_mask(subject, job.prompt, edit) for edit in job.edits]
+    where_ET = torch.from_numpy(np.stack(masks_ET)).to(x_TD.device)
+    x_BTD[row] = edits_lib.edited(
+      sae, x_TD, wide[index[row]], job.edits, where_ET
+    )
+  return above(subject, lower, index_B, x_BTD)
+
+
+def _mask(subject: Subject, of: Asked, edit: Edit) -> np.ndarray:
+  return edits_lib.prompt_mask(
+    edit, of.map, lambda: words.pieces(subject.tokenizer, of.map)
+  )
+
+
+def write(
+  subject: Subject,
+  saes: dict[int, Sae],
+  jobs: Sequence[Job],
+  max_new_tokens: int,
+  seed: int | None = None,
+  check: Callable[[], None] = lambda: None,
+) -> list[list[int]]:
+  """The tokens that the model writes to each job, its end token left out.
+
+  Greedy without a seed; with one, drawn at temperature 1 from a stream that
+  depends on the seed and the job's place alone.
+  """
+  written: list[list[int]] = [[] for _ in jobs]
+  ends = words.end_tokens(subject)
+  with torch.no_grad():
+    for batch in batches(subject, saes, jobs, check):
+      draws = [_stream(seed, place) for place in batch.places]
+      sae = saes.get(batch.jobs[0].layer)
+      steps = _steps(subject, sae, batch, max_new_tokens, draws, ends, check)
+      for tokens in steps:
+        for place, token in zip(batch.places, tokens, strict=True):
+          if token is not None:
+            written[place].append(token)
+  return written
+
+
+def _steps(subject, sae, batch, max_new_tokens, draws, ends, check):
+  """Yields, step by step, each job's new token; None once it has ended."""
+  logits_BV, layer = batch.logits_BV, batch.jobs[0].layer
+  edits = [
+    tuple(e for e in job.edits if edits_lib.on_generated(e))
+    for job in batch.jobs
+  ]
+  alive = [True] * len(batch.jobs)
+
+  def change(_: int, x_B1D: torch.Tensor) -> torch.Tensor:
+    y_B1D, x_BD = x_B1D.clone(), x_B1D[:, 0]
+    wide = sae.top(x_BD, edits_lib.wide_k(sae, edits))
+    for row, own in enumerate(edits):
+      if own and alive[row]:
+        one = Code(wide.vals_NK[row : row + 1], wide.idx_NK[row : row + 1])
+        where_E1 = torch.ones(len(own), 1, dtype=bool, device=x_BD.device)
+        y_B1D[row] = edits_lib.edited(
+          sae, x_BD[row : row + 1], one, own, where_E1
+        )
+    return y_B1D
+
+  for step in range(max_new_tokens):
+    tokens = _pick(logits_BV, draws)
+    alive = [a and t not in ends for a, t in zip(alive, tokens, strict=True)]
+    yield [t if a else None for a, t in zip(alive, tokens, strict=True)]
+    if step == max_new_tokens - 1 or not any(alive):
+      return
+    check()
+    with subject.hooked({layer: change} if any(edits) else {}):
+      out = subject.model.model.language_model(
+        input_ids=torch.tensor(tokens, device=logits_BV.device)[:, None],
+        past_key_values=batch.cache,
+        use_cache=True,
+      )
+    logits_BV = subject.model.lm_head(out.last_hidden_state[:, -1]).float()
+
+
+def _stream(seed: int | None, place: int) -> torch.Generator | None:
+  if seed is None:
+    return None
+  state = np.random.SeedSequence([seed, place]).generate_state(1, np.uint64)
+  return torch.Generator().manual_seed(int(state[0] >> np.uint64(1)))
+
+
+def _pick(logits_BV: torch.Tensor, draws) -> list[int]:
+  if draws[0] is None:
+    return logits_BV.argmax(1).tolist()
+  p_BV = logits_BV.softmax(1).cpu()
+  return [
+    int(torch.multinomial(p_V, 1, generator=draw))
+    for p_V, draw in zip(p_BV, draws, strict=True)
+  ]
+
+
+def next_logits(
+  subject: Subject, saes: dict[int, Sae], jobs: Sequence[Job]
+) -> torch.Tensor:
+  """The logits [B, V] of each job's next token, on the CPU."""
+  rows: list[torch.Tensor] = [torch.empty(0)] * len(jobs)
+  with torch.no_grad():
+    for batch in batches(subject, saes, jobs):
+      for place, logits_V in zip(batch.places, batch.logits_BV, strict=True):
+        rows[place] = logits_V.cpu()
+  return torch.stack(rows)
+
+
+class Gradient(NamedTuple):
+  """Residual, gradient of logit[token a] - logit[token b], and both logits."""
+
+  x_TD: torch.Tensor
+  grad_TD: torch.Tensor
+  logits: tuple[float, float]
+
+
+def gradient(
+  subject: Subject, of: Asked, layer: int, tokens: tuple[int, int]
+) -> Gradient:
+  """One forward, and one backward from the logits to the layer's output."""
+  with torch.no_grad():
+    lower = below(subject, [of], layer)
+  x_1TD = lower.x_BTD.detach().clone().requires_grad_()
+  with torch.enable_grad():
+    zero_1 = torch.zeros(1, dtype=torch.long, device=x_1TD.device)
+    logits_V = above(subject, lower, zero_1, x_1TD)[0][0]
+    wanted = logits_V[tokens[0]] - logits_V[tokens[1]]
+    (grad_1TD,) = torch.autograd.grad(wanted, x_1TD)
+  pair = logits_V[list(tokens)].tolist()
+  return Gradient(x_1TD.detach()[0], grad_1TD[0], (pair[0], pair[1]))
