@@ -114,7 +114,8 @@ def get_config() -> ConfigDict:
         'samples': 60,  # answers of half B that are attributed
         'top': 12,  # latents re-checked by exact ablation
         'mistakes': 40,  # wrong answers that are mended by rule
-        'batch': 12,  # ablations of one request
+        'max_new_tokens': 12,  # of an answer
+        'batch': 64,  # rows of one request
       },
       'report': {
         'title': '',  # '': made from the subject's name
@@ -122,7 +123,7 @@ def get_config() -> ConfigDict:
         'image_px': 128,  # longer side of an exemplar's picture
       },
       'plan': {
-        'samples': 0,  # samples captured; 0: data.limit, or the scenes
+        'samples': 0,  # samples of the source; data.limit and scenes are known
         'tokens': 0,  # rows a sample, on average; 0: capture.max_tokens
         'width': 0,  # D; 0: from the config.json of lmm.path
         'devices': 1,  # that share the SAE and its rows

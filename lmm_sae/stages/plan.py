@@ -64,9 +64,13 @@ class PlanConfig:
   @classmethod
   def of(cls, config: ConfigDict) -> 'PlanConfig':
     plan, data = config.plan, config.data
-    scenes = data.train + 2 * data.half if data.source == 'scenes' else 0
+    samples = plan.samples
+    if data.source == 'scenes':
+      samples = data.train + 2 * data.half
+    elif data.limit:
+      samples = min(data.limit, samples or data.limit)
     return cls(
-      samples=plan.samples or data.limit or scenes,
+      samples=samples,
       tokens=plan.tokens or config.capture.max_tokens,
       width=plan.width or model_width(config.lmm.path),
       layers=len(config.lmm.layers),
