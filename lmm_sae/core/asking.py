@@ -21,7 +21,7 @@ class Ask:
   """One answer that is wanted.
 
   Attributes:
-    sample: of the store; -1: the prompt has no image.
+    sample: of the store, its image with it where it has one; -1: no image.
     edits: (): the plain model.
     sae: without edits: the SAE's reconstruction takes the residual's place at
       the tokens `where`, in the phase `when`.
@@ -73,7 +73,13 @@ class Asker:
     self.batch = batch
     self._peaks = {layer: peaks_M}
     self._max_new_tokens = max_new_tokens
-    self.image = functools.lru_cache(maxsize=64)(store.image)
+    self._store = store
+    self._load = functools.lru_cache(maxsize=64)(store.image)
+
+  def image(self, sample: int) -> Image.Image | None:
+    """The image that is asked about; None without one."""
+    known = sample >= 0 and self._store.sample(sample).image
+    return self._load(sample) if known else None
 
   def answers(self, asks: Sequence[Ask]) -> list[str]:
     """The answers, greedy, in order."""
@@ -85,8 +91,9 @@ class Asker:
 
   def ask(self, asks: Sequence[Ask]) -> list[str]:
     """The answers of one request."""
-    samples = list(dict.fromkeys(a.sample for a in asks if a.sample >= 0))
-    place = {sample: i for i, sample in enumerate(samples)}
+    pictures = {a.sample: self.image(a.sample) for a in asks}
+    images = {s: image for s, image in pictures.items() if image is not None}
+    place = {sample: i for i, sample in enumerate(images)}
     rows = [
       GenerateRow(
         place.get(a.sample),
@@ -99,8 +106,7 @@ class Asker:
       )
       for a in asks
     ]
-    images: list[Image.Image] = [self.image(sample) for sample in samples]
     texts = self.client.generate(
-      rows, images, self._max_new_tokens, peaks=self._peaks
+      rows, list(images.values()), self._max_new_tokens, peaks=self._peaks
     )
     return [text.strip() for text in texts]

@@ -190,9 +190,11 @@ class Effect:
 
   Attributes:
     effect: the first-order price, summed over the tokens.
-    exact: the change by real ablation; None where it was not run.
+    exact: the margin with the latent minus the margin without, by real
+      ablation; None where it was not run.
     kinds: the same price by token kind.
     concept: the latent's concept or label, where one is known.
+    always_on: whether it fires on nearly everything.
   """
 
   latent: int
@@ -200,6 +202,7 @@ class Effect:
   exact: float | None
   kinds: dict[str, float] | None = None
   concept: str = ''
+  always_on: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
