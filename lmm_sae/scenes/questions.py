@@ -305,15 +305,14 @@ def intruder_turn(count: int, label: str, position: int) -> Turn:
 # Turns without a picture.
 
 
-def text_turn(rng: np.random.Generator) -> Turn:
-  """A refiner's, categoriser's or text explainer's turn."""
-  draw = rng.random()
-  if draw < 0.4:
+def text_turn(rng: np.random.Generator, type_: str) -> Turn:
+  """A turn of type `refine`, `category` or `common text`."""
+  if type_ == 'refine':
     label = any_label(rng)
     text = str(rng.choice(('{}', 'a {}', 'the {}', 'all show a {}', 'the '
       'bright regions show {}', '{} in every picture')))
     return Turn('refine', prompts.fill('refine', text=text.format(label)), label)
-  if draw < 0.8:
+  if type_ == 'category':
     label = any_label(rng)
     return Turn(
       'category', prompts.fill('category', label=label), category(label)

@@ -1,0 +1,307 @@
+"""Training batches: scenes, questions and patch labels, from a seed alone.
+
+A batch follows from (seed, stage, step), so that a run that was killed goes on
+with exactly the batches it would have seen.
+"""
+
+import dataclasses
+import functools
+
+import numpy as np
+from PIL import Image
+
+from lmm_sae.core import masks
+from lmm_sae.core.records import Turn
+from lmm_sae.scenes import model, questions, render
+from lmm_sae.scenes.render import Scene
+
+WEIGHTS_SEED = 20_241_122  # first word of every training seed; no data set's
+HEADS = {
+  'colour': (None, *render.COLOURS),
+  'name': (None, *render.SHAPES, 'face', *render.LETTERS),
+  'detail': ('', *render.TEXTURES, *render.EMOTIONS),
+  'size': (None, *render.SIZES),
+  'place': (None, *range(4)),
+}
+CELLS = model.VIEW // model.PATCH
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+  """B items, each with `images` pictures and groups of questions.
+
+  Attributes:
+    pixels_B3HW: float32 normalised views, base view first; where `tiles` is 1
+      the only tile equals the base view and is not repeated here.
+    labels: head -> int64 [views, 64], -1 where the head is not asked.
+    tiles: 1 or 4; images: pictures an item, 0 for text alone.
+    groups: (ids [B, Q, T], targets [B, Q, T], types [B][Q]); a target is -1
+      where no token is to be predicted.
+  """
+
+  pixels_B3HW: np.ndarray
+  labels: dict[str, np.ndarray]
+  tiles: int
+  images: int
+  groups: list[tuple[np.ndarray, np.ndarray, list[list[str]]]]
+
+
+@functools.cache
+def _tokenizer():
+  return model.make_tokenizer()
+
+
+@functools.lru_cache(100_000)
+def tokens(text: str) -> tuple[int, ...]:
+  return tuple(_tokenizer().backend_tokenizer.encode(text).ids)
+
+
+def normalise(pixels: np.ndarray) -> np.ndarray:
+  """[..., H, W, 3] uint8 -> [..., 3, H, W] float32, as the processor does."""
+  x = (pixels.astype(np.float32) * (1 / 255) - 0.5) * 4
+  return np.moveaxis(x, -1, -3)
+
+
+def views(image: Image.Image, tiles: int) -> np.ndarray:
+  """uint8 [1 or 5, 64, 64, 3]: the base view, then the tiles of 128 px."""
+  side = (model.VIEW, model.VIEW)
+  base = np.asarray(image.resize(side, Image.Resampling.BICUBIC))
+  if tiles == 1:
+    return base[None]
+  whole = np.asarray(image)
+  half = model.VIEW
+  cut = whole.reshape(2, half, 2, half, 3).transpose(0, 2, 1, 3, 4)
+  return np.concatenate([base[None], cut.reshape(4, half, half, 3)])
+
+
+def patch_labels(
+  scene: Scene, tiles: int, lit: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
+  """Per view and patch, the class of the object that covers most of it.
+
+  A patch covered less than a quarter, or dimmed, is background. `place` is
+  asked of base views alone: a tile does not know where it stands.
+  """
+  fine = _owners(scene, 2 * CELLS, lit)
+  owner = _owners(scene, CELLS, lit)[None]
+  if tiles == 4:
+    cut = fine.reshape(2, CELLS, 2, CELLS).transpose(0, 2, 1, 3)
+    owner = np.concatenate([owner, cut.reshape(4, CELLS, CELLS)])
+  owner = owner.reshape(len(owner), -1)
+  found = {}
+  for head, classes in HEADS.items():
+    of = [0] + [classes.index(getattr(o, head)) for o in scene.objects]
+    found[head] = np.array(of)[owner]
+  found['place'][1:] = -1
+  return found
+
+
+def _owners(scene: Scene, cells: int, lit: np.ndarray | None) -> np.ndarray:
+  """[cells, cells]: 1 + index of the covering object, 0 for background."""
+  covered = scene.coverage(cells)
+  owner = np.where(covered.max(0) >= 0.25, covered.argmax(0) + 1, 0)
+  if lit is not None:
+    times = cells // lit.shape[0]
+    owner = owner * lit.repeat(times, 0).repeat(times, 1)
+  return owner
+
+
+def picture(scene: Scene, side: int, lit: np.ndarray | None) -> Image.Image:
+  """The scene at `side` pixels, dimmed outside the lit patches."""
+  image = Image.fromarray(scene.pixels_HW3)
+  if side != render.SIDE:
+    image = image.resize((side, side), Image.Resampling.BICUBIC)
+  if lit is None:
+    return image
+  return masks.dim(image, masks.upsample(lit, (side, side), 'exact'))
+
+
+def group(turns: list[list[Turn]]):
+  """Turns [B][Q] as right-padded ids and targets."""
+  rows = []
+  for turn in (t for item in turns for t in item):
+    question, answer = tokens(turn.question), tokens(turn.answer)
+    ids = (*question, model.ASSISTANT, *answer, model.EOS)
+    rows.append((ids, len(question)))
+  longest = max(len(ids) for ids, _ in rows) - 1
+  inputs = np.full((len(rows), longest), model.PAD)
+  targets = np.full((len(rows), longest), -1)
+  for row, (ids, start) in enumerate(rows):
+    inputs[row, : len(ids) - 1] = ids[:-1]
+    targets[row, start : len(ids) - 1] = ids[start + 1 :]
+  shape = (len(turns), len(turns[0]), longest)
+  types = [[t.type for t in item] for item in turns]
+  return inputs.reshape(shape), targets.reshape(shape), types
+
+
+def _stack(pictures, tiles, images, groups) -> Batch:
+  """pictures: (image, scene, lit) of every item, in order."""
+  seen = [views(image, tiles) for image, _, _ in pictures]
+  labels = [patch_labels(scene, tiles, lit) for _, scene, lit in pictures]
+  joined = {
+    head: np.concatenate([found[head] for found in labels]) for head in HEADS
+  }
+  return Batch(
+    normalise(np.concatenate(seen)), joined, tiles, images, groups
+  )
+
+
+def patches(rng: np.random.Generator, scenes: int) -> Batch:
+  """Views for the dense pre-training: bases and tiles, a third dimmed."""
+  pictures = []
+  for _ in range(scenes):
+    scene = render.sample(rng)
+    lit = _any_mask(scene, rng)[0] if rng.random() < 0.33 else None
+    pictures.append((picture(scene, render.SIDE, lit), scene, lit))
+  return _stack(pictures, 4, 1, [])
+
+
+def _any_mask(scene: Scene, rng: np.random.Generator):
+  """(lit patches, the object they show or None, whether nothing is lit)."""
+  draw = rng.random()
+  if draw < 0.04:
+    return np.zeros((CELLS, CELLS), bool), None, True
+  if draw < 0.2:
+    return questions.background_mask(scene, rng), None, False
+  index = int(rng.integers(len(scene.objects)))
+  return questions.mask(scene, [index], rng), scene.objects[index], False
+
+
+def single(
+  rng: np.random.Generator,
+  items: int,
+  side: int,
+  asked: int,
+  describe: bool,
+) -> Batch:
+  """One whole picture an item and `asked` short questions about it."""
+  pictures, short, detect, whole = [], [], [], []
+  for _ in range(items):
+    scene = render.sample(rng)
+    pictures.append((picture(scene, side, None), scene, None))
+    turns = questions.scene_turns(scene, rng)
+    plain = [t for t in turns if t.type not in ('describe', 'detect')]
+    short.append([plain[i % len(plain)] for i in range(asked)])
+    detect.append([t for t in turns if t.type == 'detect'])
+    whole.append([t for t in turns if t.type == 'describe'])
+  groups = [group(short), group(detect)]
+  if describe:
+    groups.append(group(whole))
+  return _stack(pictures, 4 if side == render.SIDE else 1, 1, groups)
+
+
+def masked(rng: np.random.Generator, items: int, side: int) -> Batch:
+  """One dimmed picture an item: what is in its bright region?"""
+  pictures, asked = [], []
+  for _ in range(items):
+    scene = render.sample(rng)
+    lit, thing, empty = _any_mask(scene, rng)
+    pictures.append((picture(scene, side, lit), scene, lit))
+    turns = questions.visible_turns(thing, empty)
+    asked.append([turns[i % len(turns)] for i in range(3)])
+  tiles = 4 if side == render.SIDE else 1
+  return _stack(pictures, tiles, 1, [group(asked)])
+
+
+def common(rng: np.random.Generator, items: int, images: int) -> Batch:
+  """Several dimmed pictures an item: what do they share, which one does not?
+
+  Each picture's own bright region is asked for as well.
+  """
+  pictures, first, each = [], [], []
+  for _ in range(items):
+    shown, turn = _set(rng, images)
+    first.append([turn])
+    turns = []
+    for number, (scene, lit, thing, empty) in enumerate(shown):
+      pictures.append((picture(scene, model.VIEW, lit), scene, lit))
+      answer = questions.visible_turns(thing, empty)[0].answer
+      question = f'what is in the bright region of picture {number + 1}?'
+      turns.append(Turn('nth picture', question, answer))
+    each.append(turns)
+  return _stack(pictures, 1, images, [group(first), group(each)])
+
+
+def _set(rng: np.random.Generator, images: int):
+  """(scene, lit, object, empty) of each picture, and the turn that is asked."""
+  draw = rng.random()
+  if draw < 0.08:  # nothing but background
+    shown = []
+    for _ in range(images):
+      scene = render.sample(rng)
+      shown.append((scene, questions.background_mask(scene, rng), None, False))
+    return shown, questions.explain_turn(images, questions.BACKGROUND)
+  if draw < 0.1:  # nothing at all
+    dark = np.zeros((CELLS, CELLS), bool)
+    shown = [(render.sample(rng), dark, None, True) for _ in range(images)]
+    return shown, questions.explain_turn(images, '')
+  if draw < 0.18:  # whatever comes
+    shown = [_lit(render.sample(rng), {}, rng) for _ in range(images)]
+    answer = questions.shared([thing for _, _, thing, _ in shown])
+    return shown, questions.explain_turn(images, answer)
+  fixed = _fixed(rng)
+  if draw < 0.8 or images < 3:
+    shown = [_lit(render.sample(rng, fixed), fixed, rng) for _ in range(images)]
+    answer = questions.shared([thing for _, _, thing, _ in shown])
+    return shown, questions.explain_turn(images, answer)
+  odd = int(rng.integers(images))
+  shown = []
+  for number in range(images):
+    if number != odd:
+      shown.append(_lit(render.sample(rng, fixed), fixed, rng))
+      continue
+    while True:
+      one = _lit(render.sample(rng), {}, rng)
+      if not all(getattr(one[2], k) == v for k, v in fixed.items()):
+        break
+    shown.append(one)
+  label = questions.shared([s[2] for i, s in enumerate(shown) if i != odd])
+  return shown, questions.intruder_turn(images, label, odd)
+
+
+def _fixed(rng: np.random.Generator) -> dict[str, str]:
+  """What a set of pictures shares: mostly one attribute, at times two."""
+  fixed = {}
+  draw = rng.random()
+  if draw < 0.4:
+    fixed['colour'] = str(rng.choice(tuple(render.COLOURS)))
+  if draw < 0.1 or 0.4 <= draw < 0.65:
+    fixed['name'] = str(rng.choice((*render.SHAPES, 'face', *render.LETTERS)))
+  elif 0.65 <= draw < 0.78:
+    fixed['detail'] = str(rng.choice(render.TEXTURES))
+  elif 0.78 <= draw:
+    fixed['detail'] = str(rng.choice(render.EMOTIONS))
+  if draw > 0.95:
+    fixed['colour'] = str(rng.choice(tuple(render.COLOURS)))
+  return fixed
+
+
+def _lit(scene: Scene, fixed: dict[str, str], rng: np.random.Generator):
+  """Lights the objects that obey `fixed` (one of them if it is empty)."""
+  agree = [
+    i
+    for i, o in enumerate(scene.objects)
+    if all(getattr(o, k) == v for k, v in fixed.items())
+  ]
+  if not fixed:
+    agree = [int(rng.choice(agree))]
+  thing = scene.objects[agree[0]]
+  if len(agree) > 1 and rng.random() < 0.1:
+    agree = agree[:1]
+  elif len(agree) > 1:
+    both = questions.shared([scene.objects[i] for i in agree])
+    thing = dataclasses.replace(thing)
+    if both != thing.phrase:  # two objects lit: only what they share is asked
+      agree = agree if len(fixed) else agree[:1]
+  return scene, questions.mask(scene, agree, rng), thing, False
+
+
+def text(rng: np.random.Generator, items: int) -> Batch:
+  """Refiner, category and (a few) text explainer turns, no picture."""
+  short = [
+    questions.text_turn(rng, ('refine', 'category')[i % 2])
+    for i in range(items)
+  ]
+  long = [questions.text_turn(rng, 'common text') for _ in range(items // 6)]
+  empty = np.zeros((0, 3, model.VIEW, model.VIEW), np.float32)
+  return Batch(empty, {}, 1, 0, [group([short]), group([long])])

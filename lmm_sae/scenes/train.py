@@ -1,0 +1,312 @@
+"""Makes one of the two small LLaVA-NeXTs from nothing, on two CPU cores.
+
+    python -m lmm_sae.scenes.train --size=small --out=DIR
+
+Stage A teaches the ViT what each patch shows; stage B trains everything end to
+end on packed questions, the dense loss kept at .15. Seeded; killed at any
+moment it goes on from its last checkpoint, with the batches it would have seen.
+`python -m lmm_sae.scenes.clip` then makes the CLIP judge on the base's trunk.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import pathlib
+import sys
+import time
+
+import numpy as np
+import torch
+from absl import logging
+from torch import Tensor
+from torch.nn import functional as F
+
+from lmm_sae.scenes import batches, lean, model
+from lmm_sae.scenes.batches import Batch
+from lmm_sae.scenes.muon import Muon
+
+# page faults of fresh temporaries cost a fifth of a step: keep freed memory
+MALLOC = {
+  'MALLOC_MMAP_THRESHOLD_': '8000000000',
+  'MALLOC_TRIM_THRESHOLD_': '16000000000',
+  'MALLOC_TOP_PAD_': '500000000',
+}
+DENSE = 0.15  # weight of the patch loss in stage B
+VISION = 0.4  # the ViT's share of the learning rate in stage B
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+  """Steps of stage A and B, and peak rates (Muon, AdamW)."""
+
+  patch_steps: int
+  steps: int
+  muon: float
+  adam: float
+
+
+RECIPES = {
+  'small': Recipe(800, 5200, 5e-3, 1.5e-3),
+  'base': Recipe(800, 4600, 5e-3, 1.5e-3),
+}
+
+
+def positions(side: int, width: int) -> Tensor:
+  """Sine-cosine positions of a side x side grid, [1 + side^2, width]."""
+  omega = 1 / 100 ** (torch.arange(width // 4) / (width / 4))
+  grid = torch.arange(side).float()
+  wave = torch.cat([(grid[:, None] * omega).sin(), (grid[:, None] * omega).cos()], 1)
+  rows = wave[:, None].expand(side, side, -1)
+  columns = wave[None].expand(side, side, -1)
+  flat = torch.cat([rows, columns], 2).reshape(side * side, -1)
+  return torch.cat([torch.zeros(1, width), F.pad(flat, (0, width - flat.shape[1]))])
+
+
+class Trainee:
+  """The model, its dense heads, its optimiser and how far it has come."""
+
+  def __init__(self, size: str, seed: int):
+    torch.manual_seed(seed)
+    self.seed = seed
+    self.size = size
+    self.recipe = RECIPES[size]
+    self.model = model.make_model(size)
+    self.tower = self.model.model.vision_tower
+    width = model.SIZES[size].vision_width
+    total = sum(len(classes) for classes in batches.HEADS.values())
+    self.heads = torch.nn.Linear(width, total)
+    self.norm = torch.nn.LayerNorm(width)
+    with torch.no_grad():
+      table = self.tower.embeddings.position_embedding.weight
+      table.copy_(0.3 * positions(batches.CELLS, width))
+    self.stage, self.step = 'a', 0
+    self._optimise()
+
+  def named(self) -> dict[str, Tensor]:
+    params = dict(self.model.named_parameters())
+    for name, p in self.heads.named_parameters():
+      params[f'heads.{name}'] = p
+    for name, p in self.norm.named_parameters():
+      params[f'heads.norm.{name}'] = p
+    return params
+
+  def _optimise(self) -> None:
+    slow = VISION if self.stage == 'b' else 1.0
+    self.optimiser = Muon(
+      self.named(), lambda name: slow if 'vision' in name else 1.0
+    )
+
+  @property
+  def steps(self) -> int:
+    return {'a': self.recipe.patch_steps, 'b': self.recipe.steps}[self.stage]
+
+  def advance(self) -> None:
+    """From stage A to stage B: the optimiser starts anew."""
+    self.stage, self.step = 'b', 0
+    self._optimise()
+
+  def save(self, path: pathlib.Path) -> None:
+    part = path.with_suffix('.part')
+    state = {
+      'stage': self.stage,
+      'step': self.step,
+      'seed': self.seed,
+      'params': {k: v.detach() for k, v in self.named().items()},
+      'optimiser': self.optimiser.state(),
+    }
+    torch.save(state, part)
+    part.replace(path)
+
+  def load(self, path: pathlib.Path) -> None:
+    state = torch.load(path, weights_only=True)
+    if state['seed'] != self.seed:
+      raise ValueError(
+        f'{path} was made with seed {state["seed"]}, not {self.seed}: give '
+        'another --out'
+      )
+    self.stage, self.step = state['stage'], state['step']
+    with torch.no_grad():
+      for name, p in self.named().items():
+        p.copy_(state['params'][name])
+    self._optimise()
+    self.optimiser.load(state['optimiser'])
+
+
+def features(t: Trainee, batch: Batch) -> Tensor:
+  """Patch features of every view, [views, 64, width]."""
+  pixels = torch.from_numpy(batch.pixels_B3HW)
+  return lean.vision(t.tower, pixels)[:, 1:]
+
+
+def dense_loss(t: Trainee, features_BPD: Tensor, batch: Batch):
+  """Cross-entropy of the patch heads, objects weighing as much as background.
+
+  Returns the loss and the accuracy on object patches by head.
+  """
+  parts = t.heads(t.norm(features_BPD)).split(
+    [len(classes) for classes in batches.HEADS.values()], -1
+  )
+  inside = torch.from_numpy(batch.labels['name'] > 0)
+  weight = torch.where(inside, 0.5 / inside.float().mean().clamp(min=0.02), 0.5)
+  losses, right = [], {}
+  for logits, head in zip(parts, batches.HEADS, strict=True):
+    target = torch.from_numpy(batch.labels[head])
+    asked = target >= 0
+    loss = F.cross_entropy(
+      logits.flatten(0, 1), target.clamp(min=0).flatten(), reduction='none'
+    ).view(target.shape)
+    losses.append((loss * weight)[asked].mean())
+    hit = (logits.argmax(-1) == target) & inside & asked
+    right[head] = float(hit.sum() / (inside & asked).sum().clamp(min=1))
+  return sum(losses) / len(losses), right
+
+
+def answers(t: Trainee, features_BPD: Tensor | None, batch: Batch):
+  """Logits at the answers' positions, their targets, and which turn each is of.
+
+  Returns (logits [n, V], targets [n], turn [n]) where `turn` counts all turns
+  of all groups in order.
+  """
+  inner = t.model.model
+  embed = inner.language_model.embed_tokens
+  items = len(batch.groups[0][0])
+  prefix = embed(torch.tensor([[model.BOS, model.USER]])).expand(items, -1, -1)
+  if batch.images:
+    if batch.tiles == 1:
+      features_BPD = features_BPD.repeat_interleave(2, 0)
+    tokens = lean.image_tokens(inner, features_BPD, batch.tiles)
+    tokens = tokens.view(items, -1, tokens.shape[-1])
+    prefix = torch.cat([prefix, tokens], 1)
+  groups = [embed(torch.from_numpy(ids)) for ids, _, _ in batch.groups]
+  hidden = lean.language(inner.language_model, prefix, groups)
+  found, wanted, turn, offset = [], [], [], 0
+  for h, (_, targets, _) in zip(hidden, batch.groups, strict=True):
+    targets = torch.from_numpy(targets)
+    asked = targets >= 0
+    found.append(h[asked])
+    wanted.append(targets[asked])
+    number = torch.arange(targets[..., 0].numel()).view(targets.shape[:2])
+    turn.append((number[..., None].expand_as(targets) + offset)[asked])
+    offset += number.numel()
+  logits = torch.cat(found) @ embed.weight.T
+  return logits, torch.cat(wanted), torch.cat(turn)
+
+
+def right_by_turn(logits: Tensor, targets: Tensor, turn: Tensor) -> Tensor:
+  """Whether every token of a turn's answer is the greedy one."""
+  wrong = torch.zeros(int(turn.max()) + 1)
+  wrong.index_add_(0, turn, (logits.argmax(-1) != targets).float())
+  return wrong == 0
+
+
+def make_batch(t: Trainee) -> tuple[str, Batch]:
+  """The batch of this stage and step: what it is called, and itself."""
+  words = [batches.WEIGHTS_SEED, t.seed, ord(t.stage), t.step]
+  rng = np.random.default_rng(words)
+  if t.stage == 'a':
+    return 'patches', batches.patches(rng, 10)
+  progress = t.step / t.steps
+  if t.step % 12 == 5:
+    return 'text', batches.text(rng, 36)
+  draw = rng.random()
+  if progress > 0.12 and draw < 0.22:
+    images = int(rng.choice((2, 3, 4, 5), p=(0.1, 0.1, 0.2, 0.6)))
+    return 'common', batches.common(rng, 20 // images, images)
+  large = progress > 0.4 and rng.random() < 0.5
+  side = 128 if large else 64
+  if draw < 0.36:
+    return f'masked {side}', batches.masked(rng, 8 if large else 12, side)
+  items = 8 if large else 10
+  describe = bool(rng.random() < 0.6)
+  return f'single {side}', batches.single(rng, items, side, 10, describe)
+
+
+def rate(t: Trainee) -> float:
+  """Warm-up over 100 steps, constant, then linear to 0 over the last 60%."""
+  left = (t.steps - t.step) / t.steps
+  return min((t.step + 1) / 100, 1.0, left / 0.6)
+
+
+def train_step(t: Trainee) -> dict[str, float]:
+  """One optimiser step; what it measured, by name."""
+  name, batch = make_batch(t)
+  measured = {}
+  loss, seen = torch.zeros(()), None
+  if batch.images:
+    seen = features(t, batch)
+    dense, right = dense_loss(t, seen, batch)
+    loss = loss + dense * (1.0 if t.stage == 'a' else DENSE)
+    measured['dense'] = float(dense.detach())
+    measured |= {f'patch {head}': value for head, value in right.items()}
+  if batch.groups:
+    logits, targets, turn = answers(t, seen, batch)
+    spoken = F.cross_entropy(logits, targets)
+    loss = loss + spoken
+    measured[f'loss {name}'] = float(spoken.detach())
+    right = right_by_turn(logits.detach(), targets, turn)
+    types = [x for _, _, rows in batch.groups for row in rows for x in row]
+    for type_ in set(types):
+      mine = torch.tensor([x == type_ for x in types])
+      measured[f'{name[:6].strip()} {type_}'] = float(right[mine].float().mean())
+  loss.backward()
+  t.optimiser.step(t.recipe.muon * rate(t), t.recipe.adam * rate(t))
+  t.step += 1
+  return measured
+
+
+def run(size: str, out: pathlib.Path, seed: int, save_every_s: float) -> None:
+  out.mkdir(parents=True, exist_ok=True)
+  checkpoint = out / 'checkpoint.pt'
+  t = Trainee(size, seed)
+  if checkpoint.exists():
+    t.load(checkpoint)
+    logging.info('resumed at stage %s, step %d', t.stage, t.step)
+  saved = logged = time.monotonic()
+  begun, first = time.monotonic(), t.step
+  mean: dict[str, list[float]] = {}
+  while not (t.stage == 'b' and t.step == t.steps):
+    if t.step == t.steps:
+      t.advance()
+      begun, first = time.monotonic(), 0
+    for key, value in train_step(t).items():
+      mean.setdefault(key, []).append(value)
+    now = time.monotonic()
+    if now - logged > 30 or t.step == t.steps:
+      took = (now - begun) / (t.step - first)
+      short = {k: round(float(np.mean(v)), 3) for k, v in sorted(mean.items())}
+      line = {'stage': t.stage, 'step': t.step, 'of': t.steps}
+      line |= {'s_a_step': round(took, 3), **short}
+      line['left_min'] = round((t.steps - t.step) * took / 60, 1)
+      with (out / 'log.jsonl').open('a') as file:
+        file.write(json.dumps(line) + '\n')
+      logging.info('%s', line)
+      mean, logged = {}, now
+    if now - saved > save_every_s or t.step == t.steps:
+      t.save(checkpoint)
+      saved = now
+  processor = model.make_processor(model.make_tokenizer())
+  model.save(t.model, processor, out / 'model')
+  logging.info('wrote %s', out / 'model')
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument('--size', choices=tuple(model.SIZES), required=True)
+  parser.add_argument('--out', type=pathlib.Path, required=True)
+  parser.add_argument('--seed', type=int, default=0)
+  parser.add_argument('--threads', type=int, default=os.cpu_count())
+  parser.add_argument('--save_every_s', type=float, default=60.0)
+  args = parser.parse_args()
+  if any(os.environ.get(k) != v for k, v in MALLOC.items()):
+    argv = [sys.executable, '-m', 'lmm_sae.scenes.train', *sys.argv[1:]]
+    os.execve(sys.executable, argv, {**os.environ, **MALLOC})
+  logging.set_verbosity(logging.INFO)
+  torch.set_num_threads(args.threads)
+  run(args.size, args.out, args.seed, args.save_every_s)
+
+
+if __name__ == '__main__':
+  main()
