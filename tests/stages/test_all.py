@@ -1,0 +1,203 @@
+"""stages/all.py, with stubs in the place of the stages and of the servers."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+
+from lmm_sae.core import config as configs
+from lmm_sae.core import host, servers
+from lmm_sae.core.workdir import Workdir
+from lmm_sae.stages import all as all_stage
+
+# A stage that writes down its flags; one named in FAIL fails, in HANG hangs.
+STUB = """
+import json, os, sys, time
+stage, root, *flags = sys.argv[1:]
+with open(os.path.join(root, 'calls.jsonl'), 'a') as file:
+  file.write(json.dumps([stage, *flags]) + '\\n')
+if stage == 'serve':
+  print('serving on http://127.0.0.1:7', flush=True)
+if stage == 'serve' or stage == os.environ.get('HANG'):
+  with open(os.path.join(root, stage + '.pid'), 'w') as file:
+    file.write(str(os.getpid()))
+  time.sleep(600)
+sys.exit(3 if stage == os.environ.get('FAIL') else 0)
+"""
+
+
+@pytest.fixture
+def workdir(tmp_path, config):
+  place = Workdir.of(tmp_path / 'run')
+  place.root.mkdir()
+  configs.save(config, place)
+  return place
+
+
+@pytest.fixture
+def stubs(monkeypatch, tmp_path):
+  """Stubs for every child; the packaged explainers are empty folders."""
+  for name in ('small', 'base'):
+    (tmp_path / 'weights' / name).mkdir(parents=True)
+    (tmp_path / 'weights' / name / 'config.json').write_text('{}')
+  monkeypatch.setattr(host, 'weights', lambda: tmp_path / 'weights')
+
+  def command(stage, workdir, flags):
+    return [sys.executable, '-c', STUB, stage, str(workdir.root), *flags]
+
+  def explainer(folder, logs, device='cpu'):
+    line = f'print("serving on http://{folder.name}", flush=True)'
+    code = f'{line}; import time; time.sleep(600)'
+    return servers.Server(
+      f'explainer-{folder.name}',
+      [sys.executable, '-c', code],
+      logs,
+      model=folder.name,
+    )
+
+  monkeypatch.setattr(all_stage, 'command', command)
+  monkeypatch.setattr(servers, 'explainer', explainer)
+
+
+def calls(workdir: Workdir) -> list[list[str]]:
+  lines = workdir.file('calls.jsonl').read_text().splitlines()
+  return [json.loads(line) for line in lines]
+
+
+def test_the_stages_run_in_order_with_their_servers(stubs, config, workdir):
+  all_stage.run(config, workdir)
+  done = calls(workdir)
+  stages = [stage for stage, *_ in done if stage != 'serve']
+  explain = stages.index('explain')
+  assert stages.pop(explain + 1) == 'explain'  # once an explainer
+  assert tuple(stages) == all_stage.ORDER
+  flags = [words for stage, *words in done if stage == 'explain']
+  assert flags == [
+    [
+      f'--config.explain.base_url=http://{name}/v1',
+      f'--config.explain.model={name}',
+    ]
+    for name in ('base', 'small')
+  ]
+  by_stage = {stage: words for stage, *words in done}
+  url = '--config.server.url=http://127.0.0.1:7'
+  assert by_stage['steer'] == by_stage['attribute'] == [url]
+  assert by_stage['score'] == [url, *flags[0]]
+  assert by_stage['capture'] == by_stage['report'] == []
+
+
+def test_the_seconds_of_each_stage_are_added_up(stubs, config, workdir):
+  all_stage.run(config, workdir)
+  first = json.loads(workdir.file('seconds.json').read_text())
+  assert tuple(first) == all_stage.ORDER
+  all_stage.run(config, workdir)
+  second = json.loads(workdir.file('seconds.json').read_text())
+  assert all(second[stage] > first[stage] > 0 for stage in first)
+
+
+def test_servers_of_the_users_own_are_used(stubs, config, workdir):
+  config.server.url = 'http://there:1'
+  config.explain.base_url = 'http://there:2/v1'
+  all_stage.run(config, workdir)
+  done = calls(workdir)
+  assert tuple(stage for stage, *_ in done) == all_stage.ORDER
+  assert all(not flags for _, *flags in done)  # config.json names them
+  assert not workdir.file('logs').exists()
+
+
+def test_a_failing_stage_is_named_and_ends_the_run(
+  stubs, config, workdir, monkeypatch
+):
+  monkeypatch.setenv('FAIL', 'explain')
+  with pytest.raises(ChildProcessError, match=r'stage explain.*exit code 3'):
+    all_stage.run(config, workdir)
+  assert calls(workdir)[-1][0] == 'explain'
+  assert not alive(workdir, 'serve')
+
+
+def test_a_missing_explainer_is_found_before_anything_runs(
+  stubs, config, workdir
+):
+  config.explain.model = 'large'
+  with pytest.raises(ValueError, match=r'no model in .*large'):
+    all_stage.run(config, workdir)
+  assert not workdir.file('calls.jsonl').exists()
+
+
+def test_the_keys_go_to_the_children_and_not_to_disk(
+  stubs, config, workdir, monkeypatch
+):
+  monkeypatch.delenv('OPENAI_API_KEY', raising=False)
+  config.explain.api_key = 'sesame'
+  config.server.token = 'open'
+  all_stage.run(config, workdir)
+  assert os.environ.pop('OPENAI_API_KEY') == 'sesame'
+  by_stage = {stage: words for stage, *words in calls(workdir)}
+  for stage in ('serve', 'score', 'steer', 'attribute'):
+    assert '--config.server.token=open' in by_stage[stage]
+
+
+def test_a_command_names_the_config_of_the_workdir(workdir):
+  words = all_stage.command('train', workdir, ['--config.sae.k=3'])
+  assert words[1:4] == ['-m', 'lmm_sae', 'train']
+  assert f'--config={workdir.file("config.json")}' in words
+  assert words[-2:] == ['--norecord', '--config.sae.k=3']
+
+
+@pytest.mark.parametrize(
+  ('number', 'code'), [(signal.SIGTERM, 143), (signal.SIGINT, 130)]
+)
+def test_a_signal_ends_stage_and_servers(tmp_path, workdir, root, number, code):
+  """In a process of its own: signals are the process's."""
+  driver = tmp_path / 'driver.py'
+  driver.write_text(
+    textwrap.dedent(
+      f"""
+      import sys
+      sys.path.insert(0, {str(root)!r})
+      from lmm_sae.core import config as configs
+      from lmm_sae.core.workdir import Workdir
+      from lmm_sae.stages import all as all_stage
+      STUB = {STUB!r}
+      all_stage.command = lambda stage, workdir, flags: [
+        sys.executable, '-c', STUB, stage, str(workdir.root), *flags]
+      workdir = Workdir.of({str(workdir.root)!r})
+      config = configs.load(workdir.file('config.json'))
+      with config.unlocked():
+        config.explain.base_url = 'http://there/v1'
+      try:
+        all_stage.run(config, workdir)
+      except KeyboardInterrupt:
+        sys.exit(130)
+      """
+    )
+  )
+  process = subprocess.Popen(
+    [sys.executable, str(driver)], env=os.environ | {'HANG': 'index'}
+  )
+  until = time.monotonic() + 60
+  while not alive(workdir, 'index') or not alive(workdir, 'serve'):
+    assert time.monotonic() < until
+    time.sleep(0.05)
+  process.send_signal(number)
+  assert process.wait(60) == code
+  assert not alive(workdir, 'index')
+  assert not alive(workdir, 'serve')
+
+
+def alive(workdir: Workdir, stage: str) -> bool:
+  """Whether the stub of a stage has started and still runs."""
+  file = pathlib.Path(workdir.root / f'{stage}.pid')
+  if not file.exists() or not file.read_text():
+    return False
+  try:
+    os.kill(int(file.read_text()), 0)
+  except ProcessLookupError:
+    return False
+  return True
