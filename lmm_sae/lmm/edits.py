@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
+from torch import nn
 
 from lmm_sae.core.records import Edit
 from lmm_sae.core.tokens import Kind, TokenMap, kinds
@@ -196,8 +197,32 @@ def _changed(sae, code, edits, where_EN) -> Code:
 
 
 @contextlib.contextmanager
+def hooked(
+  module: nn.Module, change: Callable[[torch.Tensor], torch.Tensor | None]
+) -> Iterator[None]:
+  """Within it the module's output is `change` of it, unless that is None.
+
+  The hook comes off however the block ends. Decoder layers return a tensor, in
+  older models a tuple that starts with it; the same kind is handed on.
+  """
+
+  def hook(module, args, output):
+    del module, args
+    if not isinstance(output, tuple):
+      return change(output)
+    new = change(output[0])
+    return None if new is None else (new, *output[1:])
+
+  handle = module.register_forward_hook(hook)
+  try:
+    yield
+  finally:
+    handle.remove()
+
+
+@contextlib.contextmanager
 def replaced(
-  modules: Sequence[torch.nn.Module], forward: Callable[..., torch.Tensor]
+  modules: Sequence[nn.Module], forward: Callable[..., torch.Tensor]
 ) -> Iterator[None]:
   """Within it the modules' forward is `forward`; put back however it ends."""
   before = [module.__dict__.get('forward') for module in modules]

@@ -112,7 +112,7 @@ def _identity(hidden_states, *_, **__):
 
 def below(subject: Subject, prompts: Sequence[Asked], layer: int) -> Below:
   """Runs prompts of equal length up to and including the layer."""
-  caught: dict[int, torch.Tensor] = {}
+  caught: list[torch.Tensor] = []
   inputs = {
     name: torch.cat([p.inputs[name] for p in prompts])
     for name in prompts[0].inputs
@@ -121,12 +121,12 @@ def below(subject: Subject, prompts: Sequence[Asked], layer: int) -> Below:
   upper = [subject.layer(i) for i in range(layer + 1, subject.num_layers)]
   with (
     edits_lib.replaced(upper, _identity),
-    subject.hooked({layer: caught.__setitem__}),
+    edits_lib.hooked(subject.layer(layer), caught.append),
   ):
     subject.model(
       **inputs, past_key_values=cache, use_cache=True, logits_to_keep=1
     )
-  return Below(caught[layer], cache.layers[: layer + 1])
+  return Below(caught[0], cache.layers[: layer + 1])
 
 
 def above(
@@ -246,14 +246,16 @@ def write(
 
 def _steps(subject, sae, batch, max_new_tokens, draws, ends, check):
   """Yields, step by step, each job's new token; None once it has ended."""
-  logits_BV, layer = batch.logits_BV, batch.jobs[0].layer
+  logits_BV, layer = batch.logits_BV, subject.layer(batch.jobs[0].layer)
   edits = [
     tuple(e for e in job.edits if edits_lib.on_generated(e))
     for job in batch.jobs
   ]
   alive = [True] * len(batch.jobs)
 
-  def change(_: int, x_B1D: torch.Tensor) -> torch.Tensor:
+  def change(x_B1D: torch.Tensor) -> torch.Tensor | None:
+    if not any(edits):
+      return None
     y_B1D, x_BD = x_B1D.clone(), x_B1D[:, 0]
     wide = sae.top(x_BD, edits_lib.wide_k(sae, edits))
     for row, own in enumerate(edits):
@@ -272,7 +274,7 @@ def _steps(subject, sae, batch, max_new_tokens, draws, ends, check):
     if step == max_new_tokens - 1 or not any(alive):
       return
     check()
-    with subject.hooked({layer: change} if any(edits) else {}):
+    with edits_lib.hooked(layer, change):
       out = subject.model.model.language_model(
         input_ids=torch.tensor(tokens, device=logits_BV.device)[:, None],
         past_key_values=batch.cache,
