@@ -27,16 +27,17 @@ MAY = {
   'scenes': {'core'},
   'stages': {'core'},
 }
+NUMERIC = {'sae', 'kernels'}
 STAGES_MAY = {
-  'train': {'sae'},
-  'evaluate': {'sae'},
-  'index': {'sae'},
-  'score': {'sae'},
-  'attribute': {'sae'},
-  'inspect': {'sae'},
-  'convert': {'sae'},
-  'plan': {'sae'},
-  'doctor': {'sae'},
+  'train': NUMERIC,
+  'evaluate': NUMERIC,
+  'index': NUMERIC,
+  'score': NUMERIC,
+  'attribute': NUMERIC,
+  'inspect': NUMERIC,
+  'convert': NUMERIC,
+  'plan': NUMERIC,
+  'doctor': NUMERIC,
   'capture': {'lmm', 'scenes'},
   'serve': {'lmm'},
 }
