@@ -6,7 +6,8 @@
 # Run again, it goes on where it was; once set up it needs no network.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-workdir=$(realpath -m "${1:-$root/runs/demo}")
+workdir=${1:-$root/runs/demo}
+[[ $workdir == /* ]] || workdir=$PWD/$workdir
 cd "$root"
 
 bash launch/setup.sh

@@ -7,8 +7,9 @@
 # on the loopback address; another one needs --config.server.token.
 set -euo pipefail
 [[ $# -ge 2 ]] || { sed -n '2,7s/^# \{0,1\}//p' "$0" >&2; exit 2; }
-config=$(realpath "$1")
-workdir=$(realpath -m "$2")
+config=$1 workdir=$2
+[[ $config == /* ]] || config=$PWD/$config
+[[ $workdir == /* ]] || workdir=$PWD/$workdir
 shift 2
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

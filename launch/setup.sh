@@ -36,8 +36,12 @@ if [[ -x .venv/bin/lmm-sae && -f $stamp && $(< "$stamp") == "$wanted" ]]; then
 fi
 
 echo 'setup: making .venv, once; this takes a few minutes' >&2
-"$python" -m venv .venv ||
-  fail 'cannot make .venv (on Debian: apt-get install python3-venv)'
+version() { "$1" -c 'import sys; print(sys.version)'; }
+if [[ ! -x .venv/bin/python ||
+  $(version .venv/bin/python) != "$(version "$python")" ]]; then
+  "$python" -m venv --clear .venv ||
+    fail 'cannot make .venv (on Debian: apt-get install python3-venv)'
+fi
 
 pip() {
   .venv/bin/python -m pip install --quiet --disable-pip-version-check \
