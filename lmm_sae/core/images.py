@@ -1,29 +1,31 @@
 """Pictures from files: upright, RGB, whole, or a reason why not."""
 
 import os
+from typing import BinaryIO
 
 from PIL import Image, ImageOps
 
 MAX_SIDE = 32767  # pixel boxes are stored as int16
 
 
-def load(path: str | os.PathLike) -> Image.Image:
-  """The image of a file: see `upright`.
+def load(file: str | os.PathLike | BinaryIO) -> Image.Image:
+  """The image of a file, or of its bytes: see `upright`.
 
   Raises:
     ValueError: it is missing, broken, or too large.
   """
+  name = file if isinstance(file, str | os.PathLike) else 'in the data'
   try:
-    with Image.open(path) as image:
+    with Image.open(file) as image:
       return upright(image)
   except FileNotFoundError:
-    raise ValueError(f'image {path} does not exist') from None
+    raise ValueError(f'image {name} does not exist') from None
   except (
     OSError,
     SyntaxError,  # what Pillow's PNG reader raises on a broken chunk
     Image.DecompressionBombError,
   ) as error:
-    raise ValueError(f'image {path} cannot be read: {error}') from error
+    raise ValueError(f'image {name} cannot be read: {error}') from error
 
 
 def upright(image: Image.Image) -> Image.Image:

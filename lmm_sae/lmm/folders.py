@@ -1,22 +1,15 @@
-"""Folders that hold a LLaVA-NeXT: which, whether whole, and what is inside."""
+"""Folders that hold a LLaVA-NeXT: which one is meant, and is it the same.
+
+No torch here: a stage may ask before it loads anything.
+"""
 
 import hashlib
 import json
 import os
 import pathlib
 
-from torch import nn
-
 WEIGHTS = pathlib.Path(__file__).parents[1] / 'scenes' / 'weights'
 PACKAGED = ('small', 'base')
-
-# Where decoder layers stand: transformers 5, then 4.5x, then the oldest.
-LAYER_PATHS = (
-  'model.language_model.layers',
-  'model.language_model.model.layers',
-  'language_model.model.layers',
-  'language_model.layers',
-)
 
 
 def resolve(path: str | os.PathLike) -> pathlib.Path:
@@ -42,29 +35,6 @@ def resolve(path: str | os.PathLike) -> pathlib.Path:
       '(llava_next): give a llava-hf LLaVA-NeXT folder'
     )
   return folder
-
-
-def find_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
-  """(path, decoder layers) of a model of any version of transformers."""
-  for path in LAYER_PATHS:
-    try:
-      return path, model.get_submodule(path)
-    except AttributeError:
-      continue
-  raise ValueError(
-    f'{type(model).__name__} has its decoder layers at none of {LAYER_PATHS}'
-  )
-
-
-def check_pixels(pixels, view: int) -> None:
-  """The processor must make views of the size that the model wants."""
-  size, crop = pixels.size, pixels.crop_size
-  sides = {size.get('shortest_edge') or size.get('height'), crop.get('height')}
-  if sides != {view}:
-    raise ValueError(
-      f'the image processor makes views of {sides} pixels, the model wants '
-      f'{view}: mend processor_config.json'
-    )
 
 
 def fingerprint(folder: pathlib.Path) -> str:

@@ -24,7 +24,7 @@ from torch import nn
 
 from lmm_sae.core import tokens
 from lmm_sae.core.tokens import TokenMap
-from lmm_sae.lmm import anyres, folders
+from lmm_sae.lmm import anyres, folders, parts
 from lmm_sae.lmm import prompt as prompts
 from lmm_sae.lmm.prompt import Prompt, Turns
 
@@ -60,13 +60,14 @@ class Subject:
     self.tokenizer = processor.tokenizer
     self.device = model.get_input_embeddings().weight.device
     self.width = model.config.get_text_config().hidden_size
-    self._path, self._layers = folders.find_layers(model)
+    self._path, self._layers = parts.find_layers(model)
     self.num_layers = len(self._layers)
     vision = model.config.vision_config
     self.view, self.patch = vision.image_size, vision.patch_size
     self.grid = (self.view // self.patch,) * 2
     self.image_token = model.config.image_token_id
-    folders.check_pixels(processor.image_processor, self.view)
+    parts.skip_unread(model)
+    parts.check_pixels(processor.image_processor, self.view)
 
   @classmethod
   def load(
@@ -177,69 +178,15 @@ class Subject:
 
   # Inputs and what their tokens are.
 
-  def inputs(
-    self, texts: Sequence[str], images: Images, padding_side: str = 'right'
-  ) -> dict[str, torch.Tensor]:
-    """A batch: input_ids, attention_mask and, with images, pixels and sizes.
+  def encode(self, text: str, images: Sequence[Image.Image] = ()) -> TokenMap:
+    """The tokens of one text and its images, and what each of them is.
 
-    Pad on the right to read residuals, on the left to generate.
+    Args:
+      text: a `Prompt` knows its turns; a plain string is one question.
 
     Raises:
       ValueError: images and placeholders do not fit, or an image is too thin.
     """
-    self._check_batch(texts, images)
-    ids = [self._encode(*each)[0] for each in zip(texts, images, strict=True)]
-    length = max(map(len, ids))
-    pad = self.tokenizer.pad_token_id
-    input_BT = np.full((len(ids), length), 0 if pad is None else pad, np.int64)
-    mask_BT = np.zeros_like(input_BT)
-    for row, token_T in enumerate(ids):
-      at = length - len(token_T) if padding_side == 'left' else 0
-      input_BT[row, at : at + len(token_T)] = token_T
-      mask_BT[row, at : at + len(token_T)] = 1
-    batch = {
-      'input_ids': torch.from_numpy(input_BT),
-      'attention_mask': torch.from_numpy(mask_BT),
-    }
-    flat = [image for row in images for image in row]
-    if flat:
-      pixels = self.processor.image_processor(flat, return_tensors='pt')
-      batch['pixel_values'] = pixels['pixel_values'].to(self.model.dtype)
-      batch['image_sizes'] = pixels['image_sizes']
-    return {name: value.to(self.device) for name, value in batch.items()}
-
-  def token_maps(
-    self,
-    texts: Sequence[str],
-    images: Images,
-    inputs: dict[str, torch.Tensor] | None = None,
-  ) -> list[TokenMap]:
-    """What the tokens of each text are.
-
-    Args:
-      texts: a `Prompt` knows its turns; a plain string is one question.
-      inputs: of `inputs`: the maps are padded as these are; None: not padded.
-    """
-    self._check_batch(texts, images)
-    maps = [self._encode(*each)[1] for each in zip(texts, images, strict=True)]
-    if inputs is None:
-      return maps
-    mask_BT = inputs['attention_mask'].cpu().numpy().astype(bool)
-    token = self.tokenizer.pad_token_id or 0
-    return [
-      tokens.pad(each, mask_T, token)
-      for each, mask_T in zip(maps, mask_BT, strict=True)
-    ]
-
-  def _check_batch(self, texts, images) -> None:
-    if not texts or len(texts) != len(images):
-      raise ValueError(
-        f'{len(texts)} texts and images of {len(images)}: each text needs its '
-        'own list of images'
-      )
-
-  def _encode(self, text: str, images: Sequence[Image.Image]):
-    """(token ids [T], TokenMap) of one text, placeholders expanded."""
     bos = self.tokenizer.bos_token
     encoded = self.tokenizer(
       str(text),
@@ -262,8 +209,67 @@ class Subject:
       pieces.append(self._image_map(image, number))
       start = stop + 1
     pieces.append(tokens.text_map(token_T[start:], kind_T[start:]))
-    whole = tokens.concatenate(pieces, self.grid if images else (0, 0))
-    return whole.token_T, whole
+    return tokens.concatenate(pieces, self.grid if images else (0, 0))
+
+  def batch(
+    self, maps: Sequence[TokenMap], images: Images, padding_side: str = 'right'
+  ) -> dict[str, torch.Tensor]:
+    """What `encode` made of several texts, as the model's arguments.
+
+    Returns:
+      input_ids, attention_mask and, where there are images, pixel_values and
+      image_sizes.
+    """
+    count = max(len(each.token_T) for each in maps)
+    pad = self.tokenizer.pad_token_id or 0
+    input_BT = np.full((len(maps), count), pad, np.int64)
+    mask_BT = np.zeros_like(input_BT)
+    for row, each in enumerate(maps):
+      length = len(each.token_T)
+      at = count - length if padding_side == 'left' else 0
+      input_BT[row, at : at + length] = each.token_T
+      mask_BT[row, at : at + length] = 1
+    batch = {
+      'input_ids': torch.from_numpy(input_BT),
+      'attention_mask': torch.from_numpy(mask_BT),
+    }
+    flat = [image for row in images for image in row]
+    if flat:
+      pixels = self.processor.image_processor(flat, return_tensors='pt')
+      batch['pixel_values'] = pixels['pixel_values'].to(self.model.dtype)
+      batch['image_sizes'] = pixels['image_sizes']
+    return {name: value.to(self.device) for name, value in batch.items()}
+
+  def inputs(
+    self, texts: Sequence[str], images: Images, padding_side: str = 'right'
+  ) -> dict[str, torch.Tensor]:
+    """`encode` and `batch` in one: texts, each with its list of images.
+
+    Pad on the right to read residuals, on the left to generate.
+    """
+    return self.batch(self.token_maps(texts, images), images, padding_side)
+
+  def token_maps(
+    self,
+    texts: Sequence[str],
+    images: Images,
+    inputs: dict[str, torch.Tensor] | None = None,
+  ) -> list[TokenMap]:
+    """What the tokens of each text are; padded as `inputs` are, if given."""
+    if not texts or len(texts) != len(images):
+      raise ValueError(
+        f'{len(texts)} texts and images of {len(images)}: each text needs its '
+        'own list of images'
+      )
+    maps = [self.encode(*each) for each in zip(texts, images, strict=True)]
+    if inputs is None:
+      return maps
+    mask_BT = inputs['attention_mask'].cpu().numpy().astype(bool)
+    pad = self.tokenizer.pad_token_id or 0
+    return [
+      tokens.pad(each, mask_T, pad)
+      for each, mask_T in zip(maps, mask_BT, strict=True)
+    ]
 
   def _image_map(self, image: Image.Image, number: int) -> TokenMap:
     pinpoints = self.model.config.image_grid_pinpoints
