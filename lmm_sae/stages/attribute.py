@@ -19,6 +19,7 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
@@ -45,6 +46,8 @@ from lmm_sae.sae import checkpoint
 
 STUDIES = ('emotion', 'colour')  # asked first, in equal parts, where known
 PAD = 128  # rows are padded to a multiple, so that few shapes are compiled
+
+_slopes = jax.jit(ops.sddmm)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +135,7 @@ class Pricer:
     rows = len(x_ND)
     more = ((0, -rows % PAD), (0, 0))
     code = self._sae.encode(np.pad(x_ND.astype(np.float32), more))
-    slope_NK = ops.sddmm(
+    slope_NK = _slopes(
       jnp.asarray(np.pad(grad_ND.astype(np.float32), more)),
       jnp.asarray(code.idx_NK),
       self._w_dec_MD,

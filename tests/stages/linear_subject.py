@@ -49,7 +49,8 @@ class Sae:
   w_dec_MD = W_MD
 
   def encode(self, x_ND):
-    pre_NM = np.maximum(x_ND @ W_MD.T, 0)
+    pre_NM = x_ND @ W_MD.T
+    pre_NM[pre_NM < 1e-5] = 0  # W is orthonormal but for rounding
     idx_NK = np.argsort(-pre_NM, 1, kind='stable')[:, :K].astype(np.int32)
     return Code(np.take_along_axis(pre_NM, idx_NK, 1), idx_NK)
 
@@ -148,7 +149,7 @@ class Client:
       if edit.unit == 'peak' and edit.mode == 'clamp':
         value *= peaks_M[edit.latent]
       z_TM[where[edit.where], edit.latent] = value
-    return (z_TM @ W_MD @ READ_VD.T).sum(0)
+    return (z_TM @ W_MD @ READ_VD.T).sum(0).round(4)  # draws are draws
 
 
 class Index:
@@ -207,7 +208,7 @@ def _id(image):
 
 def _store(path, half, count, known):
   meta = StoreMeta(half, 'toy', 'f', (LAYER,), {}, D, (2, 2), 'pil')
-  store = ActivationStore.create(path, meta, 1, count * 8, 8, 8)
+  store = ActivationStore.create(path, meta, 1, count * 8, count * 8, 8)
   (path / 'images').mkdir()
   samples = []
   for i in range(count):
