@@ -52,11 +52,17 @@ def get_config() -> ConfigDict:
         'auxk': 1 / 32,  # weight of the loss that wakes dead latents
         'multi_topk': 0.0,  # weight of the FVU at 4k; paper: 1/8, optional
         'kinds': ('all',),  # token kinds trained on; BOS is never in `all`
+        'normalise': True,  # train on rows of unit spread; exports are raw
         'backend': 'auto',  # kernels: auto, reference, cpu
+        'devices': 1,  # that share the rows of a step; 0: all
         'save_every': 250,  # steps between checkpoints
         'keep': 2,  # checkpoints kept
         'block_rows': 256,  # rows a read; blocks of many samples are mixed
         'pool_blocks': 64,  # blocks mixed with one another before batching
+      },
+      'convert': {
+        'source': '',  # SAE folder to import; '': export the checkpoints
+        'layer': -1,  # layer that it reads; -1: the one of lmm.layers
       },
       'evaluate': {
         'split': 'b',  # acts split that is measured

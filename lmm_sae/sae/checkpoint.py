@@ -1,0 +1,344 @@
+"""SAEs on disk: checkpoints of a run, and exports that any program reads.
+
+    sae/<layer>/<step>/            orbax: the TrainState; beside it, as JSON,
+                                   the run's settings and the data position
+    sae/<layer>/export/sparsify/   cfg.json, sae.safetensors
+    sae/<layer>/export/saelens/    cfg.json, sae_weights.safetensors
+
+This is the only module that knows orbax. `load` reads exports, those of this
+program and those of others, into a `Sae` that takes and gives numpy.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import shutil
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+from safetensors.numpy import load_file, save_file
+
+from lmm_sae.core import records
+from lmm_sae.sae import model
+from lmm_sae.sae.model import Params, SaeConfig, SparseCode
+from lmm_sae.sae.trainer import TrainState
+
+FORMAT_VERSION = 1
+SAELENS_VERSION = '6.54.12'  # whose layout `saelens` is
+
+_SPARSIFY = 'sae.safetensors'
+_SAELENS = 'sae_weights.safetensors'
+_ROWS = 4096  # encoded at a time: [N, K] of 131,072 latents fit any machine
+
+
+@dataclasses.dataclass(frozen=True)
+class Note:
+  """What a checkpoint says beside its arrays.
+
+  Attributes:
+    step: optimiser steps done.
+    settings: what the run was started with; a resumed run must have the same.
+    data: state of the batch iterator.
+  """
+
+  step: int
+  settings: dict[str, Any]
+  data: Any
+
+
+class Checkpoints:
+  """The checkpoints under sae/<layer>/, a context manager.
+
+  A save is whole or absent: orbax writes into a temporary folder and renames
+  it, and what a killed save left behind is removed when a run opens this.
+  """
+
+  def __init__(self, path: str | os.PathLike, keep: int = 1):
+    policies = ocp.training.preservation_policies
+    self.path = pathlib.Path(path)
+    self._checkpointer = ocp.training.Checkpointer(
+      self.path,
+      preservation_policy=policies.LatestN(keep),
+      cleanup_tmp_directories=True,
+    )
+
+  def __enter__(self) -> 'Checkpoints':
+    return self
+
+  def __exit__(self, *_) -> None:
+    self._checkpointer.close()
+
+  @property
+  def latest(self) -> int | None:
+    """The step of the last checkpoint."""
+    latest = self._checkpointer.latest
+    return None if latest is None else latest.step
+
+  def note(self, step: int) -> Note:
+    """What the checkpoint of that step says.
+
+    Raises:
+      ValueError: its format is not known.
+    """
+    found = dict(self._checkpointer.metadata(step).custom_metadata or {})
+    version = found.pop('format_version', None)
+    _check_version(self.path / str(step), version)
+    return Note(step=step, **found)
+
+  def save(self, state: TrainState, note: Note) -> None:
+    """Writes a checkpoint and returns when it is on disk."""
+    self._checkpointer.save(
+      note.step,
+      state,
+      force=True,
+      custom_metadata={
+        'format_version': FORMAT_VERSION,
+        'settings': note.settings,
+        'data': note.data,
+      },
+    )
+
+  def restore(self, step: int, like: TrainState) -> TrainState:
+    """The state of that step, with the shapes and shardings of `like`."""
+    return self._checkpointer.load(
+      step,
+      jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
+        like,
+      ),
+    )
+
+
+def steps(path: str | os.PathLike) -> list[int]:
+  """The steps that have a checkpoint under sae/<layer>/, ascending."""
+  path = pathlib.Path(path)
+  if not path.is_dir():
+    return []
+  return sorted(int(p.name) for p in path.iterdir() if p.name.isdigit())
+
+
+def shapes(path: str | os.PathLike, step: int) -> dict[str, Any]:
+  """{name: array metadata with shape and dtype} of a checkpoint."""
+  tree = ocp.metadata(pathlib.Path(path) / str(step)).metadata
+  leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+  return {
+    jax.tree_util.keystr(at, simple=True, separator='.'): leaf
+    for at, leaf in leaves
+  }
+
+
+@dataclasses.dataclass(frozen=True)
+class Sae:
+  """A trained SAE in numpy, for rows as the store holds them.
+
+  z = TopK(relu(W_enc (x - b_dec) + b_enc)), x̂ = W_decᵀ z + b_dec, in float32.
+  """
+
+  config: SaeConfig
+  w_enc_MD: np.ndarray
+  b_enc_M: np.ndarray
+  w_dec_MD: np.ndarray
+  b_dec_D: np.ndarray
+
+  def __post_init__(self):
+    wide = (self.config.latents, self.config.width)
+    for name, shape in (
+      ('w_enc_MD', wide),
+      ('b_enc_M', wide[:1]),
+      ('w_dec_MD', wide),
+      ('b_dec_D', wide[1:]),
+    ):
+      if getattr(self, name).shape != shape:
+        raise ValueError(
+          f'SAE: {name} has shape {getattr(self, name).shape}, not {shape}'
+        )
+
+  @functools.cached_property
+  def params(self) -> Params:
+    """The parameters on the default device."""
+    names = [field.name for field in dataclasses.fields(Params)]
+    return Params(**{n: jnp.asarray(getattr(self, n)) for n in names})
+
+  def encode(self, x_ND: np.ndarray, /) -> SparseCode:
+    """The code of each row, in numpy; any number of rows, any float dtype.
+
+    Raises:
+      ValueError: the rows are not D wide.
+    """
+    if x_ND.ndim != 2 or x_ND.shape[1] != self.config.width:
+      raise ValueError(
+        f'rows have shape {x_ND.shape}; this SAE reads [N, {self.config.width}]'
+      )
+    k = self.config.k
+    parts = [
+      _encode(self.params, part_ND, k=k)
+      for part_ND in _padded(x_ND.astype(np.float32))
+    ]
+    vals_NK = np.concatenate(
+      [np.zeros((0, k), np.float32)] + [p[0] for p in parts]
+    )
+    idx_NK = np.concatenate(
+      [np.zeros((0, k), np.int32)] + [p[1] for p in parts]
+    )
+    return SparseCode(vals_NK[: len(x_ND)], idx_NK[: len(x_ND)])
+
+  def decode(self, code: SparseCode, /) -> np.ndarray:
+    """The rows x̂ that a code stands for, float32 [N, D]."""
+    x_ND = np.tile(self.b_dec_D, (len(code.idx_NK), 1))
+    for j in range(code.idx_NK.shape[1]):
+      x_ND += code.vals_NK[:, j, None] * self.w_dec_MD[code.idx_NK[:, j]]
+    return x_ND
+
+
+@functools.partial(jax.jit, static_argnames='k')
+def _encode(params, x_ND, *, k):
+  return model.encode(params, x_ND, k=k)
+
+
+def _padded(x_ND: np.ndarray):
+  """Pieces of at most 4096 rows; the last padded to a power of two.
+
+  So few shapes are compiled, whatever comes.
+  """
+  for start in range(0, len(x_ND), _ROWS):
+    part_ND = x_ND[start : start + _ROWS]
+    rows = 1 << (len(part_ND) - 1).bit_length()
+    yield np.pad(part_ND, ((0, rows - len(part_ND)), (0, 0)))
+
+
+def export(sae: Sae, path: str | os.PathLike, *, step: int = 0) -> None:
+  """Writes both layouts under `path`, whole or not at all."""
+  path = pathlib.Path(path)
+  part = path.with_name(path.name + '.part')
+  shutil.rmtree(part, ignore_errors=True)
+  config = sae.config
+  cfg = {
+    'format_version': FORMAT_VERSION,
+    'activation': 'topk',
+    'd_in': config.width,
+    'num_latents': config.latents,
+    'expansion_factor': config.latents // config.width,
+    'k': config.k,
+    'normalize_decoder': True,
+    'multi_topk': False,
+    'skip_connection': False,
+    'transcode': False,
+    'layer': config.layer,
+    'dead_after': config.dead_after,
+    'step': step,
+  }
+  tensors = {
+    'encoder.weight': sae.w_enc_MD,
+    'encoder.bias': sae.b_enc_M,
+    'W_dec': sae.w_dec_MD,
+    'b_dec': sae.b_dec_D,
+  }
+  _write(part / 'sparsify', cfg, _SPARSIFY, tensors)
+  cfg = {
+    'architecture': 'topk',
+    'd_in': config.width,
+    'd_sae': config.latents,
+    'k': config.k,
+    'dtype': 'float32',
+    'device': 'cpu',
+    'apply_b_dec_to_input': True,
+    'rescale_acts_by_decoder_norm': False,
+    'normalize_activations': 'none',
+    'reshape_activations': 'none',
+    'metadata': {
+      'sae_lens_version': SAELENS_VERSION,
+      'hf_hook_name': f'model.layers.{config.layer}',
+      'hook_name': f'blocks.{config.layer}.hook_resid_post',
+    },
+  }
+  tensors = {
+    'W_enc': sae.w_enc_MD.T,
+    'b_enc': sae.b_enc_M,
+    'W_dec': sae.w_dec_MD,
+    'b_dec': sae.b_dec_D,
+  }
+  _write(part / 'saelens', cfg, _SAELENS, tensors)
+  shutil.rmtree(path, ignore_errors=True)
+  part.rename(path)
+
+
+def _write(path, cfg, name, tensors):
+  path.mkdir(parents=True)
+  tensors = {key: np.ascontiguousarray(t) for key, t in tensors.items()}
+  save_file(tensors, path / name)
+  records.write_json(path / 'cfg.json', cfg)
+
+
+def load(path: str | os.PathLike, layer: int | None = None) -> Sae:
+  """The SAE of an export, of a workdir's sae/<layer>, or of another program.
+
+  Args:
+    path: a folder in the sparsify or the SAELens layout, or one that holds such
+      a folder as `sparsify` or `export/sparsify`.
+    layer: the decoder layer that it reads, where the folder does not say.
+
+  Raises:
+    ValueError: there is none, or it is not a TopK SAE that this program reads.
+  """
+  path = pathlib.Path(path)
+  for folder in (path, path / 'sparsify', path / 'export' / 'sparsify'):
+    cfg_file = folder / 'cfg.json'
+    if cfg_file.exists() and (folder / _SPARSIFY).exists():
+      return _read(folder, _SPARSIFY, layer)
+    if cfg_file.exists() and (folder / _SAELENS).exists():
+      return _read(folder, _SAELENS, layer)
+  hint = 'run `lmm-sae train` to its end' if steps(path) else 'check the path'
+  raise ValueError(
+    f'{path} holds no SAE (cfg.json beside {_SPARSIFY} or {_SAELENS}): {hint}'
+  )
+
+
+def _read(folder: pathlib.Path, name: str, layer: int | None) -> Sae:
+  cfg = json.loads((folder / 'cfg.json').read_text())
+  _check_version(folder, cfg.get('format_version', FORMAT_VERSION))
+  kind = cfg.get('activation', cfg.get('architecture', 'topk'))
+  unread = [key for key in ('skip_connection', 'transcode') if cfg.get(key)]
+  if cfg.get('normalize_activations', 'none') != 'none':
+    unread.append('normalize_activations')
+  if cfg.get('rescale_acts_by_decoder_norm'):
+    unread.append('rescale_acts_by_decoder_norm')
+  if not cfg.get('apply_b_dec_to_input', True):
+    unread.append('apply_b_dec_to_input=false')
+  if kind != 'topk' or unread:
+    raise ValueError(
+      f'{folder} holds a {kind} SAE {unread or ""}: only plain TopK SAEs are '
+      'read'
+    )
+  tensors = load_file(folder / name)
+  if name == _SAELENS:
+    wanted = ('W_enc', 'b_enc', 'W_dec', 'b_dec')
+  else:
+    wanted = ('encoder.weight', 'encoder.bias', 'W_dec', 'b_dec')
+  missing = [key for key in wanted if key not in tensors]
+  if missing or 'k' not in cfg:
+    raise ValueError(f'{folder} lacks {", ".join(missing) or "k in cfg.json"}')
+  w_enc, b_enc, w_dec, b_dec = (
+    tensors[key].astype(np.float32) for key in wanted
+  )
+  w_enc_MD = np.ascontiguousarray(w_enc.T) if name == _SAELENS else w_enc
+  config = SaeConfig(
+    layer=cfg.get('layer', -1) if layer is None else layer,
+    width=w_enc_MD.shape[1],
+    latents=w_enc_MD.shape[0],
+    k=cfg['k'],
+    dead_after=cfg.get('dead_after', 10_000_000),
+  )
+  return Sae(config, w_enc_MD, b_enc, w_dec, b_dec)
+
+
+def _check_version(path: pathlib.Path, version: Any) -> None:
+  if version != FORMAT_VERSION:
+    raise ValueError(
+      f'{path} has format_version {version}; this program reads '
+      f'{FORMAT_VERSION}'
+    )

@@ -1,0 +1,240 @@
+"""One optimiser step of an SAE, and the state that it carries on.
+
+state = trainer.start(config, rows_ND, seed, normalise=True)
+step = trainer.make_step(config, options, mesh)
+state, metrics = step(state, batch_ND)        # the old state is given away
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from lmm_sae.core import tokens
+from lmm_sae.kernels import ops
+from lmm_sae.sae import mesh as mesh_lib
+from lmm_sae.sae import model
+from lmm_sae.sae.model import Params, SaeConfig
+
+NEVER = 2**30  # idle counts stop there: int32 holds one more batch
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+  """The section `train` of the config; every field is explained there.
+
+  Raises:
+    ValueError: a field is out of bounds.
+  """
+
+  steps: int
+  rows: int
+  lr: float
+  warmup: int
+  decay_from: float
+  clip: float
+  auxk: float
+  multi_topk: float
+  kinds: tuple[str, ...]
+  normalise: bool
+  backend: str
+  devices: int
+  save_every: int
+  keep: int
+  block_rows: int
+  pool_blocks: int
+
+  def __post_init__(self):
+    for field, least in (
+      ('steps', 1),
+      ('rows', 1),
+      ('lr', 0),
+      ('warmup', 0),
+      ('auxk', 0),
+      ('multi_topk', 0),
+      ('devices', 0),
+      ('save_every', 1),
+      ('keep', 1),
+      ('block_rows', 1),
+      ('pool_blocks', 1),
+    ):
+      if getattr(self, field) < least:
+        raise ValueError(
+          f'train.{field} is {getattr(self, field)}; it must be at least '
+          f'{least}'
+        )
+    if not 0 <= self.decay_from <= 1:
+      raise ValueError(
+        f'train.decay_from is {self.decay_from}; it is a share, in 0..1'
+      )
+    if not self.clip > 0:
+      raise ValueError(f'train.clip is {self.clip}; it must be above 0')
+    if self.backend not in ('auto', *ops.BACKENDS):
+      raise ValueError(
+        f'train.backend is {self.backend!r}; it is one of auto, '
+        f'{", ".join(ops.BACKENDS)}'
+      )
+    if not self.kinds:
+      raise ValueError("train.kinds is empty; ('all',) trains on every kind")
+    for kind in self.kinds:
+      tokens.kinds(kind)
+
+  def peak_lr(self, latents: int) -> float:
+    """The peak learning rate; the rule of arXiv 2411.14982 where `lr` is 0."""
+    return self.lr or 2e-4 / (latents / 2**14) ** 0.5
+
+
+@flax.struct.dataclass
+class TrainState:
+  """What a step reads and writes, and a checkpoint holds.
+
+  Attributes:
+    step: optimiser steps done.
+    params: of the SAE, for rows times `scale`.
+    opt_state: of Adam.
+    idle_M: rows seen since each latent fired.
+    scale: what rows are multiplied by.
+  """
+
+  step: jax.Array
+  params: Params
+  opt_state: optax.OptState
+  idle_M: jax.Array
+  scale: jax.Array
+
+
+def adam() -> optax.GradientTransformation:
+  """Adam's direction; the learning rate is put on in the step."""
+  return optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8)
+
+
+def start(
+  config: SaeConfig, rows_ND: np.ndarray, seed: int, *, normalise: bool
+) -> TrainState:
+  """The state before the first step.
+
+  b_dec is the geometric median of `rows_ND`, which should come from many
+  samples. With `normalise`, rows are divided by the root mean square of a
+  centred coordinate, so that one learning rate suits biases of every model;
+  `export_params` takes that out again.
+  """
+  x_ND = jnp.asarray(rows_ND, jnp.float32)
+  b_dec_D = model.geometric_median(x_ND)
+  spread = jnp.sqrt(jnp.mean((x_ND - b_dec_D) ** 2))
+  scale = 1 / jnp.maximum(spread, 1e-12) if normalise else jnp.ones(())
+  params = model.init(config, b_dec_D * scale, jax.random.key(seed))
+  return TrainState(
+    step=jnp.zeros((), jnp.int32),
+    params=params,
+    opt_state=adam().init(params),
+    idle_M=jnp.zeros(config.latents, jnp.int32),
+    scale=scale,
+  )
+
+
+def export_params(state: TrainState) -> Params:
+  """The parameters for rows as the store holds them, in numpy."""
+  params = model.rescale(model.normalise(state.params), 1 / state.scale)
+  return jax.tree.map(np.asarray, jax.device_get(params))
+
+
+def learning_rate(
+  step: jax.Array, /, *, options: TrainConfig, latents: int
+) -> jax.Array:
+  """Of the optimiser step `step`, counted from 0.
+
+  Linear warm-up over `warmup` steps, the peak, then from `decay_from` of the
+  steps on a line that reaches 0 one step after the last.
+  """
+  warm = (step + 1) / max(options.warmup, 1)
+  falling = options.steps - options.decay_from * options.steps
+  decay = (options.steps - step) / max(falling, 1)
+  return options.peak_lr(latents) * jnp.clip(jnp.minimum(warm, decay), 0, 1)
+
+
+def make_step(
+  config: SaeConfig, options: TrainConfig, mesh: jax.sharding.Mesh
+) -> Callable[[TrainState, jax.Array], tuple[TrainState, dict]]:
+  """The jitted step: (state, batch [N, D]) -> (state, metrics).
+
+  The batch is split over `data`; each device sums over its share, and one psum
+  makes gradients and metrics whole. The state is donated.
+
+  Raises:
+    ValueError: the rows do not divide over the devices.
+  """
+  shares = mesh.shape[mesh_lib.DATA]
+  if options.rows % shares:
+    raise ValueError(
+      f'train.rows is {options.rows}, which {shares} devices cannot share '
+      f'evenly: make it a multiple of {shares}'
+    )
+
+  def step(state: TrainState, x_ND: jax.Array):
+    x_ND = x_ND.astype(jnp.float32) * state.scale
+    dead_M = state.idle_M > config.dead_after
+    mean_D = whole(jnp.sum(x_ND, 0)) / options.rows
+    variance = whole(jnp.sum((x_ND - mean_D) ** 2))
+
+    def loss(params):
+      terms, code = model.losses(
+        params,
+        x_ND,
+        dead_M,
+        variance,
+        config=config,
+        auxk=options.auxk,
+        multi_topk=options.multi_topk,
+        backend=options.backend,
+      )
+      return terms.total, (terms, code)
+
+    grads, (terms, code) = jax.grad(loss, has_aux=True)(state.params)
+    grads, terms = whole((grads, terms))
+    fired_M = whole(count_fired(code, config.latents)) > 0
+
+    grads = model.project(grads, state.params)
+    norm = optax.global_norm(grads)
+    shrink = jnp.minimum(1.0, options.clip / jnp.maximum(norm, 1e-30))
+    grads = jax.tree.map(lambda grad: grad * shrink, grads)
+    updates, opt_state = adam().update(grads, state.opt_state)
+    lr = learning_rate(state.step, options=options, latents=config.latents)
+    params = jax.tree.map(lambda p, u: p - lr * u, state.params, updates)
+    idle_M = jnp.where(fired_M, 0, state.idle_M + options.rows)
+    state = state.replace(
+      step=state.step + 1,
+      params=model.normalise(params),
+      opt_state=opt_state,
+      idle_M=jnp.minimum(idle_M, NEVER),
+    )
+    metrics = {
+      'fvu': terms.fvu,
+      'auxk': terms.auxk,
+      'multi': terms.multi,
+      'dead': jnp.mean(dead_M),
+      'lr': lr,
+      'grad_norm': norm,
+    }
+    return state, metrics
+
+  def whole(share):
+    return jax.lax.psum(share, mesh_lib.DATA)
+
+  mapped = jax.shard_map(
+    step,
+    mesh=mesh,
+    in_specs=(mesh_lib.WHOLE, mesh_lib.ROWS),
+    out_specs=mesh_lib.WHOLE,
+    check_vma=False,  # gradients are of each share: the psums are ours
+  )
+  return jax.jit(mapped, donate_argnums=0)
+
+
+def count_fired(code: model.SparseCode, latents: int) -> jax.Array:
+  """How many rows each latent fires on, int32 [M]."""
+  fired_NK = (code.vals_NK > 0).astype(jnp.int32)
+  return jnp.zeros(latents, jnp.int32).at[code.idx_NK].add(fired_NK)

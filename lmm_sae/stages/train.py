@@ -1,0 +1,234 @@
+"""train: fits one TopK SAE to the stored rows of each layer.
+
+Writes sae/<layer>/<step>/ (checkpoints), sae/<layer>/export/ (what every later
+stage reads) and metrics.jsonl. A killed run goes on from its last checkpoint
+and ends with the same parameters, bit for bit.
+"""
+
+import dataclasses
+import json
+import time
+from typing import Any
+
+import jax
+from absl import logging
+from ml_collections import ConfigDict
+
+from lmm_sae.core import progress, records
+from lmm_sae.core.store import ActivationStore
+from lmm_sae.core.workdir import Workdir
+from lmm_sae.sae import checkpoint, data, metrics, trainer
+from lmm_sae.sae import mesh as mesh_lib
+from lmm_sae.sae.checkpoint import Checkpoints, Note
+from lmm_sae.sae.model import SaeConfig
+from lmm_sae.sae.trainer import TrainConfig, TrainState
+
+START_ROWS = 2**14  # rows that b_dec and the scale start from
+FREE = ('backend', 'devices', 'save_every', 'keep')  # may change on resuming
+
+
+def run(config: ConfigDict, workdir: Workdir) -> None:
+  """Trains what is not trained yet."""
+  options = TrainConfig(**config.train)
+  workdir.require(workdir.acts('train'), 'capture')
+  store = ActivationStore.open(workdir.acts('train'))
+  configs = [
+    SaeConfig(layer=layer, width=store.meta.width, **config.sae)
+    for layer in config.lmm.layers
+  ]
+  mesh = mesh_lib.make(options.devices)
+  for sae_config in configs:
+    Run(store, sae_config, options, config.seed, mesh, workdir).train()
+
+
+class Run:
+  """The training of one layer's SAE."""
+
+  def __init__(
+    self,
+    store: ActivationStore,
+    config: SaeConfig,
+    options: TrainConfig,
+    seed: int,
+    mesh: jax.sharding.Mesh,
+    workdir: Workdir,
+  ):
+    if config.layer not in store.meta.layers:
+      raise ValueError(
+        f'layer {config.layer} is not in {store.path}, which holds '
+        f'{store.meta.layers}: set lmm.layers and run `lmm-sae capture`'
+      )
+    self.store = store
+    self.config = config
+    self.options = options
+    self.seed = seed
+    self.mesh = mesh
+    self.path = workdir.sae(config.layer)
+    self.export = workdir.export(config.layer)
+    self.log = workdir.file('metrics.jsonl')
+
+  def train(self) -> None:
+    """Does the steps that are left, and exports.
+
+    Raises:
+      ValueError: the checkpoints are of a run with other settings.
+    """
+    settings = self.settings()
+    with Checkpoints(self.path, self.options.keep) as checkpoints:
+      done = checkpoints.latest
+      note = None if done is None else checkpoints.note(done)
+      if note is not None:
+        check(note.settings, settings, self.path)
+        if done == self.options.steps and self.export.exists():
+          logging.info('layer %d is trained: nothing to do', self.config.layer)
+          return
+      state, batches = self.begin(checkpoints, note)
+      metrics.cut(self.log, self.config.layer, done or 0)
+      if not done or done < self.options.steps:
+        state = self.steps(state, batches, checkpoints, settings, done or 0)
+    params = trainer.export_params(state)
+    sae = checkpoint.Sae(self.config, **dataclasses.asdict(params))
+    checkpoint.export(sae, self.export, step=self.options.steps)
+    logging.info('wrote %s', self.export)
+
+  def settings(self) -> dict[str, Any]:
+    """What a checkpoint must share with the run that goes on from it."""
+    train = dataclasses.asdict(self.options)
+    settings = {
+      'sae': dataclasses.asdict(self.config),
+      'train': {name: train[name] for name in train if name not in FREE},
+      'seed': self.seed,
+      'acts': {'rows': self.store.num_rows, 'model': self.store.meta.model},
+    }
+    return json.loads(json.dumps(settings))
+
+  def begin(self, checkpoints: Checkpoints, note: Note | None):
+    """The state and the batches to go on with."""
+    rows = data.Rows(
+      self.store, self.config.layer, self.options.kinds, self.options.block_rows
+    )
+    batches = data.batches(
+      rows,
+      batch=self.options.rows,
+      pool_blocks=self.options.pool_blocks,
+      seed=self.seed,
+    )
+    state = trainer.start(
+      self.config,
+      rows.sample(START_ROWS, self.seed),
+      self.seed,
+      normalise=self.options.normalise,
+    )
+    state = mesh_lib.put(self.mesh, state, mesh_lib.WHOLE)
+    if note is None:
+      logging.info(
+        'layer %d: %d rows in %d blocks, %.2f epochs',
+        self.config.layer,
+        rows.count,
+        rows.blocks,
+        self.options.steps * self.options.rows / rows.count,
+      )
+      return state, batches
+    logging.info('layer %d: on from step %d', self.config.layer, note.step)
+    batches.set_state(note.data)
+    return checkpoints.restore(note.step, state), batches
+
+  def steps(
+    self,
+    state: TrainState,
+    batches,
+    checkpoints: Checkpoints,
+    settings: dict[str, Any],
+    done: int,
+  ) -> TrainState:
+    """The optimiser steps from `done` to the last, with their checkpoints."""
+    step = trainer.make_step(self.config, self.options, self.mesh)
+    last = self.options.steps
+    with records.Appender(self.log) as out:
+      log = StepLog(out, self.config.layer, self.options.rows)
+      batch_ND = self.put(next(batches))
+      for at in progress.track(range(done + 1, last + 1), what='steps'):
+        state, numbers = step(state, batch_ND)
+        seen = (
+          batches.get_state()
+        )  # the batch fetched below is of the next step
+        if at < last:
+          began = time.monotonic()
+          batch_ND = self.put(next(batches))
+          log.waited(time.monotonic() - began)
+        log.add(at, numbers)
+        if at % self.options.save_every == 0 or at == last:
+          log.flush()
+          checkpoints.save(state, Note(at, settings, seen))
+    return state
+
+  def put(self, batch_ND) -> jax.Array:
+    return mesh_lib.put(self.mesh, batch_ND, mesh_lib.ROWS)
+
+
+class StepLog:
+  """Lines of metrics.jsonl, each written while the next step runs.
+
+  Fetching the numbers of a step waits for it, so those of step n are fetched
+  once step n + 1 is under way. `rows_per_s` and `input_wait_share` are of the
+  time between two fetches.
+  """
+
+  def __init__(self, out: records.Appender, layer: int, rows: int):
+    self._out = out
+    self._layer = layer
+    self._rows = rows
+    self._pending: tuple[int, dict] | None = None
+    self._since = time.monotonic()
+    self._wait_s = 0.0
+
+  def waited(self, seconds: float) -> None:
+    """Counts time in which the step had to wait for rows."""
+    self._wait_s += seconds
+
+  def add(self, step: int, numbers: dict[str, jax.Array]) -> None:
+    """Takes the numbers of a step that may still be running."""
+    self.flush()
+    self._pending = (step, numbers)
+
+  def flush(self) -> None:
+    """Waits for the pending step and writes its line."""
+    if self._pending is None:
+      return
+    step, numbers = self._pending
+    self._pending = None
+    numbers = {key: float(x) for key, x in jax.device_get(numbers).items()}
+    now = time.monotonic()
+    gone = max(now - self._since, 1e-9)
+    self._out.add(
+      {
+        'layer': self._layer,
+        'step': step,
+        **numbers,
+        'rows_per_s': round(self._rows / gone, 1),
+        'input_wait_share': round(min(self._wait_s / gone, 1.0), 4),
+      }
+    )
+    self._since, self._wait_s = now, 0.0
+
+
+def check(found: dict, wanted: dict, path) -> None:
+  """Refuses to go on from a checkpoint of other settings.
+
+  Raises:
+    ValueError: naming every field that differs, and what to do.
+  """
+  differ = []
+  for section in sorted(found.keys() | wanted.keys()):
+    old, new = found.get(section), wanted.get(section)
+    if not isinstance(old, dict) or not isinstance(new, dict):
+      old, new = {'': old}, {'': new}
+    for key in sorted(old.keys() | new.keys()):
+      if old.get(key) != new.get(key):
+        name = f'{section}.{key}' if key else section
+        differ.append(f'{name} was {old.get(key)!r}, now {new.get(key)!r}')
+  if differ:
+    raise ValueError(
+      f'the checkpoints in {path} are of other settings ({"; ".join(differ)}): '
+      f'set them back, use another workdir, or delete {path} to train again'
+    )
