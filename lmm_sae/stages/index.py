@@ -1,0 +1,192 @@
+"""Finds, for every latent, the images and tokens that fire it.
+
+Streams acts/<split> through the SAE's encoder and writes index/<layer>/<split>
+(see `core.index`). Done in parts of consecutive samples: run it again and the
+finished parts are kept.
+"""
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+import shutil
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from absl import logging
+from ml_collections import ConfigDict
+
+from lmm_sae.core import duplicates, index_build, index_merge, progress, records
+from lmm_sae.core.index import IndexMeta, read_meta
+from lmm_sae.core.records import Sample
+from lmm_sae.core.store import ActivationStore
+from lmm_sae.core.workdir import Workdir
+from lmm_sae.sae import checkpoint
+
+PART_SAMPLES = 256  # samples a part, unless that makes more than MAX_PARTS
+MAX_PARTS = 64
+TOKENS = ('sample', 'position', 'token', 'kind', 'row', 'col')
+
+
+@dataclasses.dataclass(frozen=True)
+class IndexConfig:
+  """The section `index` of the config; its fields are explained there."""
+
+  splits: tuple[str, ...]
+  rows: int
+  exemplars: int
+  text_exemplars: int
+  context: int
+  threshold: float
+  always_on: float
+
+  def __post_init__(self):
+    if self.rows < 1:
+      raise ValueError(f'index.rows is {self.rows}; it must be at least 1')
+    if not 0 < self.always_on <= 1:
+      raise ValueError(
+        f'index.always_on is {self.always_on}; it is a share: above 0, up to 1'
+      )
+
+
+def run(config: ConfigDict, workdir: Workdir) -> None:
+  """Indexes every configured split of every hooked layer."""
+  opts = IndexConfig(**config.index)
+  for layer in config.lmm.layers:
+    sae = checkpoint.load(workdir.require(workdir.export(layer), 'train'))
+    for split in opts.splits:
+      store = ActivationStore.open(
+        workdir.require(workdir.acts(split), 'capture')
+      )
+      build(workdir.index(layer, split), store, layer, opts, sae)
+
+
+def build(
+  path: pathlib.Path,
+  store: ActivationStore,
+  layer: int,
+  opts: IndexConfig,
+  sae: checkpoint.Sae,
+) -> None:
+  """Builds the index of one split at `path`, or what is left to do of it.
+
+  Raises:
+    ValueError: an index of something else stands there, or there is nothing
+      to index.
+  """
+  samples = store.samples()
+  if not samples:
+    raise ValueError(f'{store.path} holds no sample: there is nothing to index')
+  meta = IndexMeta(
+    layer=layer,
+    split=store.meta.split,
+    latents=sae.config.latents,
+    k=sae.config.k,
+    samples=samples[-1].sample + 1,
+    images=0,
+    grid=store.meta.grid,
+    rows=0,
+    firings=0,
+    threshold=opts.threshold,
+    always_on=opts.always_on,
+    source=_source(store, opts, sae),
+  )
+  if _finished(path, meta):
+    logging.info('index: %s is complete', path)
+    return
+  shape = index_build.Shape(
+    latents=meta.latents,
+    grid=meta.grid,
+    exemplars=opts.exemplars,
+    texts=opts.text_exemplars,
+    context=opts.context,
+    threshold=opts.threshold,
+  )
+  duplicate_S = _duplicates(store, meta.samples)
+  size = max(PART_SAMPLES, -(-len(samples) // MAX_PARTS))
+  parts = []
+  for at in progress.track(
+    range(0, len(samples), size), what=f'index {layer}/{meta.split}: parts'
+  ):
+    parts.append(path / 'parts' / f'{at:08d}.npz')
+    if parts[-1].exists():
+      continue
+    part = index_build.Part(shape, duplicate_S)
+    for start, stop in _chunks(samples[at : at + size], opts.rows):
+      tokens = store.tokens(start, stop, TOKENS)
+      part.add(tokens, *sae.encode(store.read(layer, start, stop)))
+    part.save(parts[-1])
+  keep = (opts.exemplars, opts.text_exemplars)
+  done = index_merge.merge(path, parts, meta, keep, duplicate_S, store.vocab)
+  shutil.rmtree(path / 'parts')
+  logging.info(
+    'index: %s: %d firings of %d rows', path, done.firings, done.rows
+  )
+
+
+def _finished(path: pathlib.Path, meta: IndexMeta) -> bool:
+  """Whether the index stands; notes what it is made of where it does not.
+
+  Raises:
+    ValueError: what stands there was made of something else.
+  """
+  found, note = read_meta(path), path / 'parts' / 'source.json'
+  if found is not None:
+    made_of = found.source
+  elif note.exists():
+    made_of = json.loads(note.read_text())
+  else:
+    records.write_json(note, meta.source)
+    return False
+  if made_of != meta.source:
+    raise ValueError(
+      f'{path} was made of other activations, another SAE or other settings '
+      f'({made_of}, now {meta.source}): delete that folder to make it again'
+    )
+  if found is not None:  # a run may be killed between the two
+    shutil.rmtree(path / 'parts', ignore_errors=True)
+  return found is not None
+
+
+def _source(
+  store: ActivationStore, opts: IndexConfig, sae: checkpoint.Sae
+) -> str:
+  """What an index is made of, as a short text; equal text, equal index."""
+  weights = hashlib.blake2b(digest_size=6)
+  for array in (sae.w_enc_MD, sae.b_enc_M, sae.b_dec_D):
+    weights.update(np.ascontiguousarray(array).tobytes())
+  rest = hashlib.blake2b(digest_size=6)
+  meta = records.to_json(store.meta) | {
+    'samples': len(store.samples()),
+    'rows': store.num_rows,
+    'index': dataclasses.asdict(opts) | {'splits': (), 'rows': 0},
+  }
+  rest.update(json.dumps(meta, sort_keys=True).encode())
+  return f'sae {weights.hexdigest()}, store and settings {rest.hexdigest()}'
+
+
+def _duplicates(store: ActivationStore, size: int) -> np.ndarray:
+  """For each sample, the first one whose image is nearly the same."""
+  duplicate_S = np.arange(size)
+  samples, thumbnails = [], []
+  for sample in store.samples():
+    if sample.image:
+      samples.append(sample.sample)
+      thumbnails.append(duplicates.thumbnail(store.image(sample.sample)))
+  if samples:
+    places = np.array(samples)
+    duplicate_S[places] = places[duplicates.firsts(thumbnails)]
+  return duplicate_S
+
+
+def _chunks(samples: Sequence[Sample], rows: int) -> Iterator[tuple[int, int]]:
+  """(start, stop) of runs of whole, adjoining samples, about `rows` long."""
+  start = stop = samples[0].start
+  for sample in samples:
+    if sample.start != stop or (stop > start and sample.stop - start > rows):
+      if stop > start:
+        yield start, stop
+      start = sample.start
+    stop = sample.stop
+  if stop > start:
+    yield start, stop
