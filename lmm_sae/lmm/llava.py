@@ -16,6 +16,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import torch
 import transformers
@@ -43,6 +44,7 @@ class Subject:
     model, processor, tokenizer: of transformers; the image processor is the
       PIL one.
     width: D. num_layers: decoder layers. grid: (rows, cols) of the base view.
+    max_tokens: the longest text the model reads, image tokens counted.
     device: of the model's inputs.
   """
 
@@ -59,7 +61,8 @@ class Subject:
     self.processor = processor
     self.tokenizer = processor.tokenizer
     self.device = model.get_input_embeddings().weight.device
-    self.width = model.config.get_text_config().hidden_size
+    text = model.config.get_text_config()
+    self.width, self.max_tokens = text.hidden_size, text.max_position_embeddings
     self._path, self._layers = parts.find_layers(model)
     self.num_layers = len(self._layers)
     vision = model.config.vision_config
@@ -305,3 +308,26 @@ class Subject:
       stack.enter_context(torch.no_grad())
       self.model.model(**inputs, use_cache=False)
     return found
+
+  def rows(
+    self, inputs: dict[str, torch.Tensor], layers: Sequence[int]
+  ) -> list[dict[int, np.ndarray]]:
+    """For each text {layer: bfloat16 [T, D]}, padding left out.
+
+    Raises:
+      ValueError: the residual stream overflows the model's dtype.
+    """
+    found = self.residuals(inputs, layers)
+    mask_BT = inputs['attention_mask'].cpu().numpy().astype(bool)
+    texts: list[dict[int, np.ndarray]] = [{} for _ in mask_BT]
+    for layer, x_BTD in found.items():
+      half = x_BTD.to(torch.bfloat16).cpu()
+      for text, x_TD, mask_T in zip(texts, half, mask_BT, strict=True):
+        kept = x_TD[torch.from_numpy(mask_T)]
+        if not torch.isfinite(kept).all():
+          raise ValueError(
+            f'layer {layer} of {self.name} is not finite in {self.model.dtype}:'
+            ' set lmm.dtype to bfloat16 or float32'
+          )
+        text[layer] = kept.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return texts
