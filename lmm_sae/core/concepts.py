@@ -61,12 +61,14 @@ def names(concepts: list[Concept]) -> dict[int, str]:
 
 
 def says(text: str, concept: str) -> bool:
-  """Whether a text contains the concept as a word, in any case.
+  """Whether a text contains the concept as a word, in any case, or many of it.
 
   A concept of one letter must stand as it is: `t` of "don't" is not the T.
   """
-  flags = re.IGNORECASE if len(concept) > 1 else 0
-  return bool(re.search(rf'\b{re.escape(concept)}\b', text, flags))
+  word = re.escape(concept)
+  if len(concept) == 1:
+    return bool(re.search(rf'\b{word}\b', text))
+  return bool(re.search(rf'\b{word}(?:e?s)?\b', text, re.IGNORECASE))
 
 
 def _table(workdir: Workdir) -> dict:

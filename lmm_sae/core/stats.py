@@ -25,10 +25,14 @@ def mean_ci(
   if values_N.size == 0:
     raise ValueError('mean_ci: no values; a mean needs at least one')
   rng = np.random.default_rng(seed)
-  means = [
-    values_N[rng.integers(0, values_N.size, values_N.size)].mean()
-    for _ in range(resamples)
-  ]
+  n = values_N.size
+  step = max(1, 2**20 // n)  # resamples at a time: memory stays small
+  means = np.concatenate(
+    [
+      values_N[rng.integers(0, n, (min(step, resamples - done), n))].mean(1)
+      for done in range(0, resamples, step)
+    ]
+  )
   low, high = np.percentile(means, (2.5, 97.5))
   return float(values_N.mean()), float(low), float(high)
 

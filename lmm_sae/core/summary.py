@@ -32,6 +32,7 @@ from lmm_sae.core.workdir import Workdir
 Figure = dict[str, Any]
 
 NO_TRUTH = 'the images of this run have no known masks and labels'
+BACKGROUND = 'background'  # has latents of its own, but is no concept counted
 OBJECTS = 0.8  # share of the firings that lie on objects
 
 BASELINES = {
@@ -106,8 +107,9 @@ def _clean(
   if not truth:
     gone = stats.missing(NO_TRUTH)
     return {'clean_concepts': gone, 'clean_concepts_neurons': dict(gone)}
-  met = len({row.concept for row in truth if row.concept})
-  clean = len({row.concept for row in truth if row.clean})
+  named = [row for row in truth if row.concept not in ('', BACKGROUND)]
+  met = len({row.concept for row in named})
+  clean = len({row.concept for row in named if row.clean})
   neurons = concepts.neurons(workdir, layer)
   return {
     'clean_concepts': {'value': clean, 'n': met, 'ci': None},
