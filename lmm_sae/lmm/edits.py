@@ -43,7 +43,11 @@ def resolve(
       raise ValueError('edit: the SAE is not trained on BOS: leave it alone')
     if not edit.where.startswith('span:'):
       kinds(edit.where)
-    if edit.unit == 'peak' and edit.mode in ('clamp', 'add'):
+    if edit.when == 'generated' and not on_generated(edit):
+      raise ValueError(f'edit: no generated token is of {edit.where!r}')
+    if edit.unit == 'peak' and edit.mode == 'scale':
+      raise ValueError('edit: scale takes a factor: its unit is absolute')
+    if edit.unit == 'peak' and edit.mode != 'ablate':
       if str(edit.latent) not in peaks:
         raise ValueError(
           f'edit: latent {edit.latent} counts in its peak, and the request '

@@ -65,7 +65,7 @@ def contrast(
     if firsts[0] != firsts[1]:
       p_V = likely().softmax(0)
       mass = [sum(float(p_V[i]) for i in first) for first in firsts]
-      pairs.sort(key=lambda pair: -mass[pairs.index(pair)])
+      pairs = pairs[int(mass[1] > mass[0]) :]
   end = min(end_tokens(subject))
   left, right = ([*ids, end] for ids in pairs[0])
   same = 0

@@ -44,7 +44,7 @@ def serve():
     fields = {'statuses': list(statuses), 'seen': []}
     handler = type('Handler', (Script,), fields)
     server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.02,)).start()
     servers.append(server)
     return f'http://127.0.0.1:{server.server_port}', handler.seen
 
