@@ -56,6 +56,10 @@ class FakeChat:
     return self
 
   def __exit__(self, *_) -> None:
+    self.stop()
+
+  def stop(self) -> None:
+    """Ends the server, and the connections that it has."""
     self._stop.set()
     self._server.shutdown()
     self._server.server_close()
@@ -78,7 +82,7 @@ class FakeChat:
       fault = self.faults.pop(0) if self.faults else ''
     if fault == 'stall':
       self._stop.wait(STALL_S)
-    if fault in ('drop', 'stall'):
+    if fault in ('drop', 'stall') or self._stop.is_set():
       handler.connection.shutdown(socket.SHUT_RDWR)
       handler.close_connection = True
       return

@@ -143,12 +143,13 @@ class ChatClient:
     self, request: dict[str, Any], turn: int
   ) -> tuple[Answer, dict[str, int]]:
     """The first good answer; servers take turns, also after a failure."""
-    why, unreachable = '', 0
+    why, gone = '', set()
     for attempt in range(self._retries + 1):
       if attempt:
         pause_s = self._backoff_s * 2 ** (attempt - 1)
         time.sleep(min(pause_s, LONGEST_PAUSE_S))
       place = (turn + attempt) % len(self._clients)
+      gone.discard(place)
       try:
         return _read(self._clients[place].chat.completions.create(**request))
       except (
@@ -166,11 +167,12 @@ class ChatClient:
         why = _brief(error)
       except openai.APIConnectionError as error:
         why = _brief(error)
-        unreachable += _refused(error)
+        if _refused(error):
+          gone.add(place)
       except (openai.OpenAIError, json.JSONDecodeError, ChatError) as error:
         why = _brief(error)
       logging.debug('chat: attempt %d failed: %s', attempt + 1, why)
-    if unreachable == self._retries + 1:
+    if len(gone) == len(self._clients):
       raise ConnectionError(
         f'no explainer answers at {", ".join(self._urls)}: start it, or give '
         f'its URL as explain.base_url ({why}); answers had so far are kept'

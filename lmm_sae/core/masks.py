@@ -11,6 +11,16 @@ from PIL import Image
 DIM = 0.12  # brightness of what is masked, arXiv 2411.14982
 
 
+def lit(heat_HW: np.ndarray, peak: float, threshold: float) -> np.ndarray:
+  """Patches of at least `threshold` of the latent's peak, boolean.
+
+  Where an image fires the latent more weakly, the strongest patch is lit; where
+  it does not fire it, none is.
+  """
+  level = min(threshold * peak, float(heat_HW.max(initial=0.0)))
+  return (heat_HW >= level) & (heat_HW > 0)
+
+
 def upsample(active_HW: np.ndarray, size: tuple[int, int], style: str):
   """A boolean patch grid as a boolean pixel mask of `size` = (width, height).
 
@@ -23,6 +33,15 @@ def upsample(active_HW: np.ndarray, size: tuple[int, int], style: str):
   if style == 'paper':
     return np.asarray(grid.resize(size, Image.Resampling.BILINEAR)) > 1e-5
   raise ValueError(f'mask style {style!r} is neither exact nor paper')
+
+
+def shrink(image: Image.Image, pixels: int) -> Image.Image:
+  """The image scaled so that its longer side has `pixels`; 0: as it is."""
+  if not pixels or max(image.size) == pixels:
+    return image
+  scale = pixels / max(image.size)
+  width, height = (max(1, round(side * scale)) for side in image.size)
+  return image.resize((width, height), Image.Resampling.BICUBIC)
 
 
 def dim(image: Image.Image, mask_HW: np.ndarray) -> Image.Image:
