@@ -11,7 +11,7 @@ import dataclasses
 import numpy as np
 
 from lmm_sae.core.records import Edit
-from lmm_sae.core.tokens import Kind
+from lmm_sae.core.tokens import Kind, TokenMap
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +23,8 @@ class Priced:
     tokens: their ids.
     margin: logit(answer) - logit(baseline).
     effect_KM: float32, summed over the tokens of each kind, by `Kind`.
+    heat_HW: summed over latents, by patch of the base view; empty without one.
+    words: (token id, sum over latents) of the question's tokens.
   """
 
   answer: str
@@ -30,6 +32,10 @@ class Priced:
   tokens: tuple[int, int]
   margin: float
   effect_KM: np.ndarray
+  heat_HW: np.ndarray = dataclasses.field(
+    default_factory=lambda: np.zeros((0, 0), np.float32)
+  )
+  words: tuple[tuple[int, float], ...] = ()
 
   @property
   def effect_M(self) -> np.ndarray:
@@ -62,6 +68,18 @@ def table(
   summed_KM = np.zeros((len(Kind), latents), np.float32)
   np.add.at(summed_KM, (kind_T[:, None].astype(int), idx_TK), effect_TK)
   return summed_KM
+
+
+def spread(
+  price_T: np.ndarray, tokens: TokenMap
+) -> tuple[np.ndarray, tuple[tuple[int, float], ...]]:
+  """Prices of tokens as (heat_HW of the base view, words of the question)."""
+  base_T = tokens.kind_T == Kind.BASE
+  heat_HW = np.zeros(tokens.grid if base_T.any() else (0, 0), np.float32)
+  heat_HW[tokens.row_T[base_T], tokens.col_T[base_T]] = price_T[base_T]
+  asked_T = tokens.kind_T == Kind.QUESTION
+  ids, prices = tokens.token_T[asked_T], price_T[asked_T]
+  return heat_HW, tuple(zip(ids.tolist(), prices.tolist(), strict=True))
 
 
 def ablation(latents: list[int]) -> tuple[Edit, ...]:

@@ -213,6 +213,9 @@ class Attribution:
     answer, baseline: the two words whose logits are compared.
     target: the true concept asked for, where known.
     correct: whether the subject's answer was the true one, where known.
+    heat: the price of all latents together by patch of the base view, rows of
+      columns; () without image.
+    words: (token, the same price) for each token of the question.
   """
 
   layer: int
@@ -224,6 +227,8 @@ class Attribution:
   text: str = ''
   target: str = ''
   correct: bool | None = None
+  heat: tuple[tuple[float, ...], ...] = ()
+  words: tuple[tuple[str, float], ...] = ()
 
 
 def to_json(record: Any) -> dict[str, Any]:

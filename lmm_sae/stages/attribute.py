@@ -118,6 +118,9 @@ class Pricer:
       got['x_TD'][where_T], got['grad_TD'][where_T]
     )
     latents = len(self._w_dec_MD)
+    price_T = np.zeros(len(where_T), np.float32)
+    price_T[where_T] = effect_NK.sum(1)
+    heat_HW, words = causes.spread(price_T, got['map'])
     return Priced(
       answer=top.text.strip(),
       baseline=second.text.strip(),
@@ -126,6 +129,8 @@ class Pricer:
       effect_KM=causes.table(
         effect_NK, idx_NK, got['kind_T'][where_T], latents
       ),
+      heat_HW=heat_HW,
+      words=words,
     )
 
   def effects(
@@ -225,6 +230,7 @@ def attributed(bench: Bench, sample: int, turn: Turn, text: str) -> Attribution:
     {*checked, *more}, key=lambda m: (-abs(priced.effect_M[m]), m)
   )
   always_M = bench.index.stats['always_on']
+  vocab = bench.stores['b'].vocab
   return Attribution(
     layer=bench.layer,
     sample=sample,
@@ -245,6 +251,8 @@ def attributed(bench: Bench, sample: int, turn: Turn, text: str) -> Attribution:
     text=text,
     target=turn.target,
     correct=mistakes.right(text, turn) if turn.type else None,
+    heat=tuple(map(tuple, priced.heat_HW.round(4).tolist())),
+    words=tuple((vocab[token], round(x, 4)) for token, x in priced.words),
   )
 
 

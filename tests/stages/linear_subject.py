@@ -114,7 +114,11 @@ class Client:
   def gradient(self, layer, image, prompt, answer, baseline):
     self._count()
     none_T, box_T4 = np.full(T, -1, np.int16), np.zeros((T, 4), np.float32)
-    map_ = TokenMap(none_T, KINDS_T, none_T, none_T, none_T, box_T4, (2, 2))
+    token_T = np.zeros(T, np.int32)
+    row_T, col_T = np.array(
+      [[-1, 0, 0, 1, 1, -1, -1], [-1, 0, 1, 0, 1, -1, -1]]
+    )
+    map_ = TokenMap(token_T, KINDS_T, none_T, row_T, col_T, box_T4, (2, 2))
     grad_D = READ_VD[answer] - READ_VD[baseline]
     logits_V = self._logits(image, ())
     return {

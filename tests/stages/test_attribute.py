@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import numpy as np
@@ -7,7 +8,7 @@ from lmm_sae.core import causes, mistakes, records, summary
 from lmm_sae.core.causes import Priced
 from lmm_sae.core.mistakes import Answered, Rule
 from lmm_sae.core.records import Attribution, Turn
-from lmm_sae.core.tokens import Kind
+from lmm_sae.core.tokens import Kind, TokenMap
 from lmm_sae.sae import checkpoint
 from lmm_sae.stages import attribute
 from tests.stages import linear_subject as subject
@@ -66,6 +67,8 @@ def test_prices_equal_ablation_where_the_readout_is_linear(
     assert top.latent == (5 if wrong else subject.WORDS.index(answer.target))
     assert top.concept == ('' if wrong else answer.target)
     assert set(top.kinds) == {'base'}
+    assert len(answer.heat) == 2
+    assert [word for word, _ in answer.words] == [subject.WORDS[0]]
   figure = summary.compute(workdir, (2,))['attribution_correlation']
   assert figure['value'] == pytest.approx(1, abs=1e-5)
 
@@ -161,6 +164,22 @@ def test_effects_are_summed_by_kind_and_latent():
   priced = Priced('a', 'b', (0, 1), 1.0, effect_KM)
   assert priced.kinds(0) == {'base': 1, 'question': 32}
   assert priced.strongest(9) == [0, 3, 1]  # latent 2 did nothing
+
+
+def test_prices_are_spread_over_patches_and_words():
+  kind_T = np.array([Kind.BOS, *[Kind.BASE] * 3, *[Kind.QUESTION] * 2])
+  none_T = np.full(6, -1)
+  row_T, col_T = np.array([[-1, 0, 0, 1, -1, -1], [-1, 0, 2, 1, -1, -1]])
+  map_ = TokenMap(
+    np.arange(10, 16), kind_T, none_T, row_T, col_T, np.zeros((6, 4)), (2, 3)
+  )
+  heat_HW, words = causes.spread(np.array([9, 1, 2, -3, 4, 5.0]), map_)
+  assert heat_HW.tolist() == [[1, 0, 2], [0, -3, 0]]
+  assert words == ((14, 4.0), (15, 5.0))
+  heat_HW, _ = causes.spread(
+    np.zeros(6), dataclasses.replace(map_, kind_T=none_T)
+  )
+  assert heat_HW.size == 0
 
 
 def priced(margin):
