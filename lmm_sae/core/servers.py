@@ -87,13 +87,15 @@ class Server:
 
   def __enter__(self) -> 'Server':
     self.log.parent.mkdir(parents=True, exist_ok=True)
+    options = {'env': os.environ} | self._options
+    options['env'] = options['env'] | {'PYTHONUNBUFFERED': '1'}
     with self.log.open('wb') as file:
       self._process = spawn(
         self._command,
         stdin=subprocess.DEVNULL,
         stdout=file,
         stderr=subprocess.STDOUT,
-        **self._options,
+        **options,
       )
     return self
 

@@ -12,7 +12,7 @@ import pytest
 from lmm_sae.core import servers
 
 SLEEP = 'import time; time.sleep(600)'
-SERVE = f'print("serving on http://127.0.0.1:1234", flush=True); {SLEEP}'
+SERVE = f'print("serving on http://127.0.0.1:1234"); {SLEEP}'
 HEALTH = """
 import http.server, sys
 class Handler(http.server.BaseHTTPRequestHandler):
