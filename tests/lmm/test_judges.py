@@ -260,6 +260,7 @@ def save_sam(path):
       'patch_size': 8,
       'output_channels': 8,
       'global_attn_indexes': [0],
+      'num_pos_feats': 4,
       'window_size': 2,
     },
     prompt_encoder_config={
