@@ -34,7 +34,7 @@ class Batch:
     pixels_B3HW: float32 normalised views, base view first; where `tiles` is 1
       the only tile equals the base view and is not repeated here.
     labels: head -> int64 [views, 64], -1 where the head is not asked.
-    tiles: 1 or 4; images: pictures an item, 0 for text alone.
+    tiles: 0, 1 or 4 a picture; images: pictures an item, 0 for text alone.
     groups: (ids [B, Q, T], targets [B, Q, T], types [B][Q]); a target is -1
       where no token is to be predicted.
   """
@@ -66,7 +66,7 @@ def views(image: Image.Image, tiles: int) -> np.ndarray:
   """uint8 [1 or 5, 64, 64, 3]: the base view, then the tiles of 128 px."""
   side = (model.VIEW, model.VIEW)
   base = np.asarray(image.resize(side, Image.Resampling.BICUBIC))
-  if tiles == 1:
+  if tiles < 4:
     return base[None]
   whole = np.asarray(image)
   half = model.VIEW
@@ -134,6 +134,10 @@ def group(turns: list[list[Turn]]):
   return inputs.reshape(shape), targets.reshape(shape), types
 
 
+def _side(tiles: int) -> int:
+  return render.SIDE if tiles == 4 else model.VIEW
+
+
 def _stack(pictures, tiles, images, groups) -> Batch:
   """pictures: (image, scene, lit) of every item, in order."""
   seen = [views(image, tiles) for image, _, _ in pictures]
@@ -170,11 +174,12 @@ def _any_mask(scene: Scene, rng: np.random.Generator):
 def single(
   rng: np.random.Generator,
   items: int,
-  side: int,
+  tiles: int,
   asked: int,
   describe: bool,
 ) -> Batch:
   """One whole picture an item and `asked` short questions about it."""
+  side = _side(tiles)
   pictures, short, detect, whole = [], [], [], []
   for _ in range(items):
     scene = render.sample(rng)
@@ -187,11 +192,12 @@ def single(
   groups = [group(short), group(detect)]
   if describe:
     groups.append(group(whole))
-  return _stack(pictures, 4 if side == render.SIDE else 1, 1, groups)
+  return _stack(pictures, tiles, 1, groups)
 
 
-def masked(rng: np.random.Generator, items: int, side: int) -> Batch:
+def masked(rng: np.random.Generator, items: int, tiles: int) -> Batch:
   """One dimmed picture an item: what is in its bright region?"""
+  side = _side(tiles)
   pictures, asked = [], []
   for _ in range(items):
     scene = render.sample(rng)
@@ -199,7 +205,6 @@ def masked(rng: np.random.Generator, items: int, side: int) -> Batch:
     pictures.append((picture(scene, side, lit), scene, lit))
     turns = questions.visible_turns(thing, empty)
     asked.append([turns[i % len(turns)] for i in range(3)])
-  tiles = 4 if side == render.SIDE else 1
   return _stack(pictures, tiles, 1, [group(asked)])
 
 

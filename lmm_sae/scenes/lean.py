@@ -58,7 +58,8 @@ def image_tokens(model, features_BP: Tensor, tiles: int) -> Tensor:
 
   Args:
     features_BP: [images * (1 + tiles), 64, width], base view first.
-    tiles: 1 (64 px) or 4 (128 px, 2 x 2).
+    tiles: 1 (64 px), 4 (128 px, 2 x 2), or 0: the base view alone, which no
+      processor makes, for cheap early steps.
 
   Returns:
     [images, 64 + rows * (columns + 1), D]: the base view, then the tiles' rows,
@@ -69,6 +70,8 @@ def image_tokens(model, features_BP: Tensor, tiles: int) -> Tensor:
   side = math.isqrt(x.shape[1])
   x = x.view(-1, 1 + tiles, side, side, width)
   base = x[:, 0].reshape(x.shape[0], side * side, width)
+  if not tiles:
+    return base
   across = math.isqrt(tiles)
   grid = x[:, 1:].view(-1, across, across, side, side, width)
   grid = grid.transpose(2, 3).reshape(-1, across * side, across * side, width)

@@ -12,7 +12,7 @@ from torch import Tensor
 _QUINTIC = (3.4445, -4.7750, 2.0315)
 
 
-def orthogonalise(x: Tensor, iterations: int = 5) -> Tensor:
+def orthogonalise(x: Tensor, iterations: int = 4) -> Tensor:
   """Nearest semi-orthogonal matrices of a batch [n, rows, columns]."""
   tall = x.shape[1] > x.shape[2]
   if tall:

@@ -47,8 +47,8 @@ class Recipe:
 
 
 RECIPES = {
-  'small': Recipe(800, 5200, 5e-3, 1.5e-3),
-  'base': Recipe(800, 4600, 5e-3, 1.5e-3),
+  'small': Recipe(800, 2600, 5e-3, 1.5e-3),
+  'base': Recipe(800, 3200, 5e-3, 1.5e-3),
 }
 
 
@@ -210,16 +210,17 @@ def make_batch(t: Trainee) -> tuple[str, Batch]:
   if t.step % 12 == 5:
     return 'text', batches.text(rng, 36)
   draw = rng.random()
-  if progress > 0.12 and draw < 0.22:
+  if progress > 0.2 and draw < 0.2:
     images = int(rng.choice((2, 3, 4, 5), p=(0.1, 0.1, 0.2, 0.6)))
     return 'common', batches.common(rng, 20 // images, images)
-  large = progress > 0.4 and rng.random() < 0.5
-  side = 128 if large else 64
+  tiles = 0 if progress < 0.3 else 1
+  if progress > 0.45 and rng.random() < 0.55:
+    tiles = 4
+  items = 8 if tiles == 4 else 10
   if draw < 0.36:
-    return f'masked {side}', batches.masked(rng, 8 if large else 12, side)
-  items = 8 if large else 10
+    return f'masked {tiles}', batches.masked(rng, items, tiles)
   describe = bool(rng.random() < 0.6)
-  return f'single {side}', batches.single(rng, items, side, 10, describe)
+  return f'single {tiles}', batches.single(rng, items, tiles, 10, describe)
 
 
 def rate(t: Trainee) -> float:
@@ -231,7 +232,7 @@ def rate(t: Trainee) -> float:
 def train_step(t: Trainee) -> dict[str, float]:
   """One optimiser step; what it measured, by name."""
   name, batch = make_batch(t)
-  measured = {}
+  measured: dict[str, float] = {}
   loss, seen = torch.zeros(()), None
   if batch.images:
     seen = features(t, batch)
@@ -248,7 +249,7 @@ def train_step(t: Trainee) -> dict[str, float]:
     types = [x for _, _, rows in batch.groups for row in rows for x in row]
     for type_ in set(types):
       mine = torch.tensor([x == type_ for x in types])
-      measured[f'{name[:6].strip()} {type_}'] = float(right[mine].float().mean())
+      measured[f'{name.split()[0]} {type_}'] = float(right[mine].float().mean())
   loss.backward()
   t.optimiser.step(t.recipe.muon * rate(t), t.recipe.adam * rate(t))
   t.step += 1
