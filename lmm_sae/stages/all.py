@@ -109,15 +109,15 @@ def explainer_folder(name: str) -> pathlib.Path:
   Raises:
     ValueError: there is no model.
   """
-  packaged = host.weights() / name
-  folder = packaged if '/' not in name and packaged.is_dir() else None
-  folder = folder or pathlib.Path(name).absolute()
-  if not (folder / 'config.json').is_file():
-    raise ValueError(
-      f'no model in {folder}: explain.model and explain.others name a packaged '
-      'model (small, base) or a folder while explain.base_url is empty'
-    )
-  return folder
+  tried = [host.weights() / name, pathlib.Path(name).absolute()]
+  for folder in tried:
+    if (folder / 'config.json').is_file():
+      return folder
+  raise ValueError(
+    f'no model {name!r} in {tried[0].parent} nor in {tried[1]}: while '
+    'explain.base_url is empty, explain.model and explain.others name packaged '
+    'models (small, base) or folders'
+  )
 
 
 class Seconds:
