@@ -89,8 +89,12 @@ def run(
   sock: socket.socket,
   opts: ServerConfig,
   announce: Callable[[str], None],
+  own: Callable[[uvicorn.Server], None] = lambda _: None,
 ) -> None:
-  """Serves until SIGINT or SIGTERM; `announce` gets the URL once it is up."""
+  """Serves until SIGINT or SIGTERM; `announce` gets the URL once it is up.
+
+  `own` gets the server, whose `should_exit` ends it too.
+  """
   stopping = threading.Event()
   server = _Server(
     uvicorn.Config(
@@ -106,6 +110,7 @@ def run(
     f'http://[{host}]:{port}' if ':' in host else f'http://{host}:{port}'
   )
   server.down = stopping.set
+  own(server)
   server.run(sockets=[sock])
 
 
