@@ -82,6 +82,15 @@ class Source(Protocol):
     """What to call that row where it cannot be read."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Split:
+  """The rows of a source that one split takes; rows[i] is its sample i."""
+
+  name: str
+  source: Source
+  rows: Sequence[int]
+
+
 def open_source(config: DataConfig) -> Source:
   """The source that a config names; scenes are not one of them.
 

@@ -8,14 +8,17 @@ import json
 import os
 import pathlib
 
-WEIGHTS = pathlib.Path(__file__).parents[1] / 'scenes' / 'weights'
+from lmm_sae.core import host
+
 PACKAGED = ('small', 'base')
 
 
 def resolve(path: str | os.PathLike) -> pathlib.Path:
   """The folder of a model; ValueError says what is wrong with it."""
   packaged = str(path) in PACKAGED
-  folder = WEIGHTS / path if packaged else pathlib.Path(path).expanduser()
+  folder = (
+    host.weights() / path if packaged else pathlib.Path(path).expanduser()
+  )
   if not folder.is_dir():
     raise ValueError(
       f'the packaged model {path!r} is not at {folder}: make it with '
@@ -49,3 +52,8 @@ def fingerprint(folder: pathlib.Path) -> str:
           data.seek(at)
           digest.update(data.read(1 << 20))
   return digest.hexdigest()[:16]
+
+
+def size(folder: pathlib.Path) -> int:
+  """Bytes of the weights."""
+  return sum(file.stat().st_size for file in folder.glob('*.safetensors'))

@@ -126,11 +126,6 @@ class Subject:
     return cls(name, folder, model, processor)
 
   @property
-  def fingerprint(self) -> str:
-    """Tells models apart; see `folder.fingerprint`."""
-    return folders.fingerprint(self.folder)
-
-  @property
   def image_backend(self) -> str:
     """Class of the image processor: what made the pixels."""
     return type(self.processor.image_processor).__name__

@@ -3,32 +3,40 @@
 lmm-sae capture --config=experiments/tiny.py --workdir=runs/demo
 
 Writes acts/train, acts/a and acts/b (`core.store`). The unit of work, of commit
-and of resume is a group of samples: run again after a kill, the same command
-ends in the same bytes.
+and of resume is a group of samples: killed and run again, the same command ends
+in the same bytes. This process writes; the subject runs in others where it is
+small enough for one a core, and here where it is not.
 """
 
+import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import itertools
 import math
-import pathlib
-from collections.abc import Iterator, Sequence
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
-import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
-from PIL import Image
 
-from lmm_sae.core import progress, records, sources
-from lmm_sae.core.prefetch import prefetch
-from lmm_sae.core.sources import SPLITS, DataConfig, Item, Source
+from lmm_sae.core import host, progress, records, sources
+from lmm_sae.core.sources import SPLITS, DataConfig, Item, Split
 from lmm_sae.core.store import ActivationStore, StoreMeta
-from lmm_sae.core.tokens import TokenMap
 from lmm_sae.core.workdir import Workdir
 from lmm_sae.lmm import folders
 
-AHEAD = 3  # batches made ready while the model runs
+# Weights above this run in one process on all cores: their matrices are large
+# enough for threads, and a copy a core would not fit the memory.
+SMALL_BYTES = 256 * 2**20
+
+Task = tuple[str, int]  # (split, group)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,80 +79,58 @@ class SubjectConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class Split:
-  """The rows of a source that one split takes; row i is its sample i."""
+class Job:
+  """All that a process needs to make any group."""
 
-  name: str
-  source: Source
-  rows: Sequence[int]
+  lmm: SubjectConfig
+  data: DataConfig
+  capture: CaptureConfig
+  workdir: Workdir
 
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Ready:
-  """A sample ready for the model; `start` and `stop` are still to come."""
-
-  sample: records.Sample
-  tokens: TokenMap
-  image: Image.Image | None
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Batch:
-  """Samples of one group that go through the model together."""
-
-  places: list[int]  # in the group's list of samples
-  inputs: dict[str, Any]
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Group:
-  """The end of a group: all its batches have come."""
-
-  group: int
-  ready: list[Ready]
-  rejects: list[dict[str, str]]
+  @property
+  def settings(self) -> dict[str, Any]:
+    """The fields that decide what is stored."""
+    return {
+      'lmm': {'dtype': self.lmm.dtype},
+      'data': dataclasses.asdict(self.data),
+      'capture': dataclasses.asdict(self.capture),
+    }
 
 
 def run(config: ConfigDict, workdir: Workdir) -> None:
   """Captures what is not captured yet of every split."""
-  lmm = SubjectConfig(**{**config.lmm, 'layers': tuple(config.lmm.layers)})
-  data = DataConfig(**config.data)
-  opts = CaptureConfig(**config.capture)
-  settings = {
-    'lmm': {'dtype': lmm.dtype},
-    'data': dataclasses.asdict(data),
-    'capture': dataclasses.asdict(opts),
-  }
-  if _done(workdir, lmm, settings):
+  job = Job(
+    SubjectConfig(**{**config.lmm, 'layers': tuple(config.lmm.layers)}),
+    DataConfig(**config.data),
+    CaptureConfig(**config.capture),
+    workdir,
+  )
+  folder = folders.resolve(job.lmm.path)
+  fingerprint = folders.fingerprint(folder)
+  if _done(job, fingerprint):
     logging.info('capture: %s is complete', workdir.acts_root)
     return
-  splits = open_splits(data)
-  subject = _load(lmm)
-  if data.source in ('scenes', 'llava'):
-    subject.chat('hello')  # without a chat template no row can be read
-  for split in splits:
-    meta = StoreMeta(
-      split=split.name,
-      model=subject.name,
-      fingerprint=subject.fingerprint,
-      layers=lmm.layers,
-      layer_paths={str(at): subject.layer_path(at) for at in lmm.layers},
-      width=subject.width,
-      grid=subject.grid,
-      image_backend=subject.image_backend,
-      config=settings,
-    )
-    store = ActivationStore.create(
-      workdir.acts(split.name),
-      meta,
-      groups=math.ceil(len(split.rows) / opts.group),
-      group_rows=opts.group_rows,
-      shard_rows=opts.shard_rows,
-      chunk_rows=opts.chunk_rows,
-    )
-    if not (store.path / 'vocab.json').exists():
-      records.write_json(store.path / 'vocab.json', subject.vocab())
-    capture(store, split, subject, opts)
+  sizes = {split.name: len(split.rows) for split in open_splits(job.data)}
+  small = job.lmm.device == 'cpu' and folders.size(folder) <= SMALL_BYTES
+  count = (job.lmm.threads or host.cores()) if small else 1
+  with _processes(job, count, threads=1 if small else 0) as (about, make):
+    facts = about()
+    stores = {
+      name: _store(job, name, size, fingerprint, facts)
+      for name, size in sizes.items()
+    }
+    tasks = [
+      (name, group)
+      for name, store in stores.items()
+      for group in range(store.layout.groups)
+      if group not in store.committed()
+    ]
+    done = zip(tasks, make(tasks), strict=True)
+    for (name, _), rows in progress.track(
+      done, total=len(tasks), what='capture: groups'
+    ):
+      stores[name].write_group(**vars(rows))
+  for store in stores.values():
     _check_not_empty(store)
 
 
@@ -157,155 +143,39 @@ def open_splits(data: DataConfig) -> list[Split]:
   return [Split(name, source, parts[name]) for name in SPLITS]
 
 
-def capture(
-  store: ActivationStore, split: Split, subject: Any, opts: CaptureConfig
-) -> None:
-  """Captures the groups of one split that the store lacks."""
-  missing = [
-    group
-    for group in range(store.layout.groups)
-    if group not in store.committed()
-  ]
-  work = _work(store, split, subject, opts, missing)
-  what = f'capture {split.name}: groups'
-  with contextlib.closing(prefetch(work, AHEAD)) as steps:
-    for _ in progress.track(missing, what=what):
-      rows: dict[int, dict[int, np.ndarray]] = {}  # {place: {layer: [T, D]}}
-      for step in steps:
-        if isinstance(step, Group):
-          _commit(store, step, rows)
-          break
-        found = subject.rows(step.inputs, store.meta.layers)
-        rows |= dict(zip(step.places, found, strict=True))
-
-
-def _work(store, split, subject, opts, groups) -> Iterator[Batch | Group]:
-  """The batches of each group, shortest samples first, then its end."""
-  for group in groups:
-    ready, rejects = _read_group(store, split, subject, opts, group)
-    order = sorted(
-      range(len(ready)), key=lambda at: len(ready[at].tokens.token_T)
-    )
-    for at in range(0, len(order), opts.batch):
-      places = order[at : at + opts.batch]
-      members = [ready[place] for place in places]
-      images = [[each.image] if each.image else [] for each in members]
-      inputs = subject.batch([each.tokens for each in members], images)
-      yield Batch(places, inputs)
-    yield Group(group, ready, rejects)
-
-
-def _read_group(store, split, subject, opts, group):
-  """(samples made ready, rejects) of one group, in order."""
-  ready, rejects = [], []
-  first = group * opts.group
-  for sample in range(first, min(first + opts.group, len(split.rows))):
-    row = split.rows[sample]
-    try:
-      item = split.source[row]
-      ready.append(_prepare(store, split.name, subject, opts, item, sample))
-    except ValueError as error:  # the reason why this row is none
-      name = split.source.name(row)
-      logging.debug('capture: %s rejected: %s', name, error)
-      rejects.append({'source': name, 'reason': str(error)})
-  return ready, rejects
-
-
-def _prepare(store, split, subject, opts, item: Item, sample: int) -> Ready:
-  """One item as tokens; ValueError says why it cannot be captured."""
-  if item.conversation:
-    prompt = subject.conversation(item.conversation, item.image is not None)
-  else:
-    prompt = subject.bare()
-  tokens = subject.encode(prompt, [item.image] if item.image else [])
-  limit = min(opts.max_tokens, subject.max_tokens)
-  if len(tokens.token_T) > limit:
-    raise ValueError(
-      f'{len(tokens.token_T)} tokens, where at most {limit} are read '
-      '(capture.max_tokens)'
-    )
-  image, truth = '', None
-  if item.image is not None and split != 'train':
-    image, truth = _keep(store.path, item, sample)
-  elif item.image_path:
-    image = item.image_path
-  width, height = item.image.size if item.image else (0, 0)
-  record = records.Sample(
-    sample=sample,
-    group=-1,
-    source=item.source,
-    image=image,
-    width=width,
-    height=height,
-    prompt=str(prompt),
-    turns=item.turns,
-    start=0,
-    stop=0,
-    truth=truth,
+def _store(job, name, size, fingerprint, facts) -> ActivationStore:
+  """The store of one split, open for writing."""
+  opts = job.capture
+  store = ActivationStore.create(
+    job.workdir.acts(name),
+    StoreMeta(
+      split=name,
+      fingerprint=fingerprint,
+      layers=job.lmm.layers,
+      config=job.settings,
+      **facts['meta'],
+    ),
+    groups=math.ceil(size / opts.group),
+    group_rows=opts.group_rows,
+    shard_rows=opts.shard_rows,
+    chunk_rows=opts.chunk_rows,
   )
-  return Ready(record, tokens, item.image)
+  records.write_json(store.path / 'vocab.json', facts['vocab'])
+  return store
 
 
-def _keep(path: pathlib.Path, item: Item, sample: int):
-  """Keeps what no file outside holds: (name of the image, truth)."""
-  name, truth = item.image_path, None
-  folder = path / 'images'
-  folder.mkdir(exist_ok=True)
-  if not name:
-    name = f'images/{sample:06d}.png'
-    item.image.save(path / name, compress_level=1)
-  if item.regions_HW is not None:
-    regions = f'images/{sample:06d}.regions.png'
-    Image.fromarray(item.regions_HW).save(path / regions, compress_level=1)
-    truth = {'regions': regions, 'concepts': item.concepts}
-  return name, truth
-
-
-def _commit(store, end: Group, rows) -> None:
-  """Writes a group whose samples have all been through the model."""
-  maps = [each.tokens for each in end.ready]
-  lengths = [len(each.token_T) for each in maps]
-  stops = np.cumsum(lengths, dtype=np.int64)
-  samples = [
-    dataclasses.replace(each.sample, start=int(stop) - n, stop=int(stop))
-    for each, n, stop in zip(end.ready, lengths, stops, strict=True)
-  ]
-
-  def joined(arrays: list[np.ndarray], *columns: int) -> np.ndarray:
-    return np.concatenate([*arrays, np.empty((0, *columns), np.int32)])
-
-  tokens = {
-    'sample': np.repeat([each.sample for each in samples], lengths),
-    'position': joined([np.arange(n) for n in lengths]),
-    'token': joined([each.token_T for each in maps]),
-    'kind': joined([each.kind_T for each in maps]).astype(np.uint8),
-    'row': joined([each.row_T for each in maps]),
-    'col': joined([each.col_T for each in maps]),
-    'box': joined([np.rint(each.box_T4) for each in maps], 4),
-  }
-  width = store.meta.width
-  layers = {
-    layer: np.concatenate([rows[at][layer] for at in range(len(samples))])
-    if samples
-    else np.empty((0, width), np.float32)
-    for layer in store.meta.layers
-  }
-  store.write_group(end.group, layers, tokens, samples, end.rejects)
-
-
-def _done(workdir: Workdir, lmm: SubjectConfig, settings) -> bool:
+def _done(job: Job, fingerprint: str) -> bool:
   """Whether all splits stand, of this model; nothing is loaded to find out."""
   stores = []
   for name in SPLITS:
-    if not (workdir.acts(name) / 'meta.json').exists():
+    if not (job.workdir.acts(name) / 'meta.json').exists():
       return False
-    stores.append(ActivationStore.open(workdir.acts(name), partial=True))
-  fingerprint = folders.fingerprint(folders.resolve(lmm.path))
+    stores.append(ActivationStore.open(job.workdir.acts(name), partial=True))
   done = all(
     store.complete
     and store.meta.fingerprint == fingerprint
-    and store.meta.layers == lmm.layers
-    and store.meta.config == settings
+    and store.meta.layers == job.lmm.layers
+    and store.meta.config == job.settings
     for store in stores
   )
   for store in stores if done else ():
@@ -330,35 +200,130 @@ def _check_not_empty(store: ActivationStore) -> None:
     )
 
 
-def _load(lmm: SubjectConfig):
+# The processes that hold the subject.
+
+
+@contextlib.contextmanager
+def _processes(
+  job: Job, count: int, threads: int
+) -> Iterator[tuple[Callable[[], Any], Callable[[Sequence[Task]], Iterator]]]:
+  """(about, make): the subject's facts, and the rows of tasks, in order.
+
+  Args:
+    count: processes; 1: this one.
+    threads: of torch in each of them; 0: lmm.threads.
+  """
+  about = functools.partial(_about, job, threads)
+  if count == 1:
+    yield about, functools.partial(_make, job, threads)
+    return
+  pool = concurrent.futures.ProcessPoolExecutor(
+    count, multiprocessing.get_context('spawn'), _start
+  )
+  try:
+    yield (
+      lambda: pool.submit(about).result(),
+      functools.partial(pool.map, functools.partial(_make_one, job, threads)),
+    )
+  except BrokenProcessPool as error:
+    raise ValueError(
+      'a process of the capture died; if memory is short, lower '
+      'capture.batch, or set lmm.threads=1; then run capture again'
+    ) from error
+  finally:
+    pool.shutdown(cancel_futures=True)
+
+
+def _start() -> None:
+  """Makes a process end with its parent, however that ends."""
+  signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent says when
+  parent = multiprocessing.parent_process()
+
+  def watch() -> None:
+    multiprocessing.connection.wait([parent.sentinel])
+    os._exit(1)
+
+  threading.Thread(target=watch, daemon=True).start()
+
+
+@functools.cache
+def _subject(lmm: SubjectConfig, threads: int):
   """The subject; torch is imported here and not before."""
   from lmm_sae.lmm.llava import Subject
 
-  subject = Subject.load(lmm.path, lmm.device, lmm.dtype, lmm.threads)
+  subject = Subject.load(
+    lmm.path, lmm.device, lmm.dtype, threads or lmm.threads
+  )
   for layer in lmm.layers:
-    subject.layer(layer)  # is it there?
+    subject.layer(layer)  # ValueError if there is none
   return subject
 
 
+@functools.cache
+def _capturer(job: Job, threads: int, name: str):
+  from lmm_sae.lmm.groups import Capturer
+
+  (split,) = (each for each in open_splits(job.data) if each.name == name)
+  return Capturer(
+    subject=_subject(job.lmm, threads),
+    split=split,
+    layers=job.lmm.layers,
+    folder=None if name == 'train' else job.workdir.acts(name),
+    batch=job.capture.batch,
+    group=job.capture.group,
+    max_tokens=job.capture.max_tokens,
+  )
+
+
+def _about(job: Job, threads: int) -> dict[str, Any]:
+  """What the store notes of the subject."""
+  subject = _subject(job.lmm, threads)
+  if job.data.source in ('scenes', 'llava'):
+    subject.chat('hello')  # without a chat template no row could be read
+  return {
+    'meta': {
+      'model': subject.name,
+      'layer_paths': {str(at): subject.layer_path(at) for at in job.lmm.layers},
+      'width': subject.width,
+      'grid': subject.grid,
+      'image_backend': subject.image_backend,
+    },
+    'vocab': subject.vocab(),
+  }
+
+
+def _make(job: Job, threads: int, tasks: Sequence[Task]) -> Iterator[Any]:
+  """The rows of these groups, in order."""
+  for name, group in itertools.groupby(tasks, key=lambda task: task[0]):
+    yield from _capturer(job, threads, name).groups([at for _, at in group])
+
+
+def _make_one(job: Job, threads: int, task: Task) -> Any:
+  (rows,) = _make(job, threads, [task])
+  return rows
+
+
+# The scenes, as a source.
+
+
 class _Scenes:
-  """The scenes of one split, made one after the other, as a source."""
+  """The scenes of one split, made one after the other."""
 
   def __init__(self, split: str, seed: int, count: int):
     self._args = (split, seed, count)
-    self._count = count
     self._next = 0
-    self._items = iter(())
+    self._scenes: Iterator[Any] = iter(())
 
   def __len__(self) -> int:
-    return self._count
+    return self._args[-1]
 
   def __getitem__(self, index: int) -> Item:
     from lmm_sae.scenes import data
 
     if index != self._next or index == 0:
-      self._items = itertools.islice(data.samples(*self._args), index, None)
+      self._scenes = itertools.islice(data.samples(*self._args), index, None)
     self._next = index + 1
-    scene = next(self._items)
+    scene = next(self._scenes)
     return Item(
       source=scene.source,
       image=scene.image,
@@ -375,7 +340,7 @@ class _Scenes:
 
 def _scenes(name: str, data: DataConfig) -> Split:
   field = 'train' if name == 'train' else 'half'
-  count = dataclasses.asdict(data)[field]
+  count = data.train if name == 'train' else data.half
   if count < 1:
     raise ValueError(f'data.{field} is {count}; it must be at least 1')
   count = min(count, data.limit or count)

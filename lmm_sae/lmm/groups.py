@@ -1,0 +1,206 @@
+"""Groups of samples, run through the subject: the work of the capture stage.
+
+A group depends on nothing but the data, the model and the settings, so any
+process may make it, and make it again.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from absl import logging
+from PIL import Image
+
+from lmm_sae.core import records
+from lmm_sae.core.prefetch import prefetch
+from lmm_sae.core.sources import Item, Split
+from lmm_sae.core.tokens import TokenMap
+from lmm_sae.lmm.llava import Subject
+
+AHEAD = 3  # batches made ready while the model runs
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Rows:
+  """One group, as `ActivationStore.write_group` takes it."""
+
+  group: int
+  layers: dict[int, np.ndarray]
+  tokens: dict[str, np.ndarray]
+  samples: list[records.Sample]
+  rejects: list[dict[str, str]]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Ready:
+  """A sample ready for the model; `start` and `stop` are still to come."""
+
+  sample: records.Sample
+  tokens: TokenMap
+  image: Image.Image | None
+
+  @property
+  def images(self) -> list[Image.Image]:
+    return [self.image] if self.image else []
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Batch:
+  """Samples of a group that go through the model together."""
+
+  places: list[int]  # in the group's list of samples
+  inputs: Mapping[str, torch.Tensor]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _End:
+  """All batches of a group have come."""
+
+  group: int
+  ready: list[_Ready]
+  rejects: list[dict[str, str]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Capturer:
+  """Makes the groups of one split.
+
+  Attributes:
+    layers: decoder layers whose output is kept.
+    folder: acts/<split>, where images are kept that no file outside holds;
+      None keeps none, and no truth.
+    batch: samples a forward; group: samples a group; max_tokens: a longer
+      sample is rejected.
+  """
+
+  subject: Subject
+  split: Split
+  layers: tuple[int, ...]
+  folder: pathlib.Path | None
+  batch: int
+  group: int
+  max_tokens: int
+
+  def groups(self, groups: Iterable[int]) -> Iterator[Rows]:
+    """These groups, in this order; what comes next is read meanwhile."""
+    found: dict[int, dict[int, np.ndarray]] = {}  # {place: {layer: [T, D]}}
+    for step in prefetch(self._steps(groups), AHEAD):
+      if isinstance(step, _End):
+        yield self._rows(step, found)
+        found = {}
+      else:
+        rows = self.subject.rows(step.inputs, self.layers)
+        found |= dict(zip(step.places, rows, strict=True))
+
+  def _steps(self, groups: Iterable[int]) -> Iterator[_Batch | _End]:
+    for group in groups:
+      ready, rejects = self._read(group)
+      lengths = [len(each.tokens.token_T) for each in ready]
+      order = sorted(range(len(ready)), key=lengths.__getitem__)
+      for at in range(0, len(order), self.batch):
+        places = order[at : at + self.batch]
+        members = [ready[place] for place in places]
+        inputs = self.subject.batch(
+          [each.tokens for each in members], [each.images for each in members]
+        )
+        yield _Batch(places, inputs)
+      yield _End(group, ready, rejects)
+
+  def _read(self, group: int) -> tuple[list[_Ready], list[dict[str, str]]]:
+    """The group's samples, in order, and those that cannot be captured."""
+    ready, rejects = [], []
+    first = group * self.group
+    last = min(first + self.group, len(self.split.rows))
+    for sample in range(first, last):
+      row = self.split.rows[sample]
+      try:
+        ready.append(self._ready(self.split.source[row], sample))
+      except ValueError as error:  # the reason why this row cannot be had
+        name = self.split.source.name(row)
+        logging.debug('capture: %s is rejected: %s', name, error)
+        rejects.append({'source': name, 'reason': str(error)})
+    return ready, rejects
+
+  def _ready(self, item: Item, sample: int) -> _Ready:
+    images = [] if item.image is None else [item.image]
+    if item.conversation:
+      prompt = self.subject.conversation(item.conversation, len(images))
+    else:
+      prompt = self.subject.bare()
+    tokens = self.subject.encode(prompt, images)
+    limit = min(self.max_tokens, self.subject.max_tokens)
+    if len(tokens.token_T) > limit:
+      raise ValueError(
+        f'{len(tokens.token_T)} tokens, and at most {limit} are taken: '
+        'see capture.max_tokens'
+      )
+    image, truth = item.image_path, None
+    if item.image is not None and self.folder is not None:
+      image, truth = _keep(self.folder, item, sample)
+    width, height = item.image.size if item.image else (0, 0)
+    record = records.Sample(
+      sample=sample,
+      group=-1,
+      source=item.source,
+      image=image,
+      width=width,
+      height=height,
+      prompt=str(prompt),
+      turns=item.turns,
+      start=0,
+      stop=0,
+      truth=truth,
+    )
+    return _Ready(record, tokens, item.image)
+
+  def _rows(
+    self, end: _End, found: Mapping[int, Mapping[int, np.ndarray]]
+  ) -> Rows:
+    maps = [each.tokens for each in end.ready]
+    lengths = [len(each.token_T) for each in maps]
+    stops = np.cumsum(lengths, dtype=np.int64).tolist()
+    samples = [
+      dataclasses.replace(each.sample, start=stop - length, stop=stop)
+      for each, length, stop in zip(end.ready, lengths, stops, strict=True)
+    ]
+
+    def joined(arrays: list[np.ndarray], *columns: int) -> np.ndarray:
+      return np.concatenate([np.empty((0, *columns), np.int32), *arrays])
+
+    ids = np.array([each.sample for each in samples], np.int32)
+    tokens = {
+      'sample': np.repeat(ids, lengths),
+      'position': joined([np.arange(length) for length in lengths]),
+      'token': joined([each.token_T for each in maps]),
+      'kind': joined([each.kind_T for each in maps]),
+      'row': joined([each.row_T for each in maps]),
+      'col': joined([each.col_T for each in maps]),
+      'box': joined([np.rint(each.box_T4) for each in maps], 4),
+    }
+    places = range(len(samples))
+    layers = {
+      layer: np.concatenate([found[at][layer] for at in places])
+      if samples
+      else np.empty((0, self.subject.width), np.float32)
+      for layer in self.layers
+    }
+    return Rows(end.group, layers, tokens, samples, end.rejects)
+
+
+def _keep(
+  folder: pathlib.Path, item: Item, sample: int
+) -> tuple[str, dict[str, Any] | None]:
+  """Keeps what no file outside holds: (name of the image, truth)."""
+  (folder / 'images').mkdir(parents=True, exist_ok=True)
+  name, truth = item.image_path, None
+  if not name:
+    name = f'images/{sample:06d}.png'
+    item.image.save(folder / name, compress_level=1)
+  if item.regions_HW is not None:
+    regions = f'images/{sample:06d}.regions.png'
+    Image.fromarray(item.regions_HW).save(folder / regions, compress_level=1)
+    truth = {'regions': regions, 'concepts': item.concepts}
+  return name, truth
