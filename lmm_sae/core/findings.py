@@ -33,6 +33,7 @@ FLAGS = {
   'wrong': 'Misses its concept',
   'clean': 'Clean concept',
   'always_on': 'Always on',
+  'words': 'Words only',
   'steered': 'Steered',
   'cause': 'Cause of an answer',
 }
@@ -174,6 +175,10 @@ class Findings:
       'wrong': right is False,
       'clean': truth is not None and truth.clean,
       'always_on': bool(self.index.stats['always_on'][latent]),
+      'words': bool(
+        self.index.stats['peak_image'][latent] == 0
+        and not self.index.stats['dead'][latent]
+      ),
       'steered': chosen,
       'cause': latent in self.caused,
     }

@@ -1,80 +1,66 @@
 """Small pictures and compact heat maps, as the report's page draws them.
 
 A heat map travels as a short string, `ROWSxCOLS:` and then the patches row by
-row: a number skips so many cold patches, a letter is one warm patch at the
-level of that letter. `2x3:4mZ` is five cold patches but for an `m`, then the
-peak. The page decodes it with two lines of script.
+row: a number skips so many cold patches, a letter is one warm patch, from a,
+faint, to z, the peak. A capital is a patch that is lit (what a mask leaves
+bright) or, in a map of prices, one that counts against. `2x3:4mZ` is five cold
+patches but for an `m`, then a lit peak. Two lines of script decode it.
 """
 
 import io
-import math
 import re
 import string
 
 import numpy as np
 from PIL import Image
 
-LETTERS = string.ascii_letters
-LEVELS = len(LETTERS)  # `a` is level 1, `Z` level 52, the latent's peak
+from lmm_sae.core import masks
 
-
-def lit_level(threshold: float) -> int:
-  """The least level that counts as lit at `threshold` of the peak."""
-  return max(1, math.ceil(threshold * LEVELS - 1e-9))
+LEVELS = len(string.ascii_lowercase)
 
 
 def encode_heat(
-  heat_HW: np.ndarray, /, *, peak: float, threshold: float
+  heat_HW: np.ndarray, capital_HW: np.ndarray, /, *, peak: float
 ) -> str:
-  """A heat map as a string; see the module.
-
-  Levels are shares of `peak`, rounded down; what is at least `threshold` of it
-  never falls below `lit_level(threshold)` and nothing else reaches it, so that
-  the page masks exactly the patches that were masked for the explainer.
-  """
-  share_HW = np.asarray(heat_HW, np.float64) / max(peak, 1e-12)
-  levels_HW = np.clip(np.floor(share_HW * LEVELS + 1e-9), 1, LEVELS)
-  lit = lit_level(threshold)
-  levels_HW = np.where(
-    share_HW >= threshold,
-    np.maximum(levels_HW, lit),
-    np.minimum(levels_HW, lit - 1),
-  )
-  levels_HW = np.where(share_HW > 0, levels_HW, 0).astype(int)
-  parts, cold = [f'{share_HW.shape[0]}x{share_HW.shape[1]}:'], 0
-  for level in levels_HW.ravel().tolist():
-    if level == 0:
+  """A heat map as a string; levels are shares of `peak`, rounded up."""
+  share_HW = np.abs(np.asarray(heat_HW, np.float64)) / max(peak, 1e-12)
+  level_HW = np.clip(np.ceil(share_HW * LEVELS - 1e-6), 0, LEVELS).astype(int)
+  rows, cols = level_HW.shape
+  parts, cold = [f'{rows}x{cols}:'], 0
+  for level, capital in zip(
+    level_HW.ravel().tolist(), np.ravel(capital_HW).tolist(), strict=True
+  ):
+    if not level:
       cold += 1
       continue
     if cold:
       parts.append(str(cold))
       cold = 0
-    parts.append(LETTERS[level - 1])
+    letter = string.ascii_lowercase[level - 1]
+    parts.append(letter.upper() if capital else letter)
   return ''.join(parts)
 
 
-def decode_heat(text: str) -> np.ndarray:
-  """The levels of an encoded heat map, integers of 0 to `LEVELS`."""
+def decode_heat(text: str) -> tuple[np.ndarray, np.ndarray]:
+  """(levels of 0 to LEVELS, whether capital) of an encoded heat map."""
   shape, _, runs = text.partition(':')
   rows, cols = (int(side) for side in shape.split('x'))
-  levels = np.zeros(rows * cols, int)
+  level_P, capital_P = np.zeros(rows * cols, int), np.zeros(rows * cols, bool)
   at = 0
   for token in re.findall(r'\d+|[a-zA-Z]', runs):
     if token.isdigit():
       at += int(token)
-    else:
-      levels[at] = LETTERS.index(token) + 1
-      at += 1
-  return levels.reshape(rows, cols)
+      continue
+    level_P[at] = string.ascii_lowercase.index(token.lower()) + 1
+    capital_P[at] = token.isupper()
+    at += 1
+  return level_P.reshape(rows, cols), capital_P.reshape(rows, cols)
 
 
 def thumbnail(image: Image.Image, pixels: int) -> bytes:
   """The image as WebP, its longer side at most `pixels`."""
   image = image.convert('RGB')
-  scale = pixels / max(image.size)
-  if scale < 1:
-    width, height = (max(1, round(side * scale)) for side in image.size)
-    image = image.resize((width, height), Image.Resampling.LANCZOS)
   buffer = io.BytesIO()
-  image.save(buffer, 'WEBP', quality=84, method=4)
+  small = masks.shrink(image, min(pixels, max(image.size)))
+  small.save(buffer, 'WEBP', quality=84, method=4)
   return buffer.getvalue()

@@ -7,9 +7,11 @@ Keys are short where they stand thousands of times; the page's scripts
 import dataclasses
 from typing import Any
 
-from lmm_sae.core import pictures
+import numpy as np
+
+from lmm_sae.core import masks, pictures
 from lmm_sae.core.findings import Findings
-from lmm_sae.core.index import ImageExemplar
+from lmm_sae.core.index import ImageExemplar, TextExemplar
 from lmm_sae.core.records import Attribution, Steering
 
 THUMBS = 5  # exemplars on a card
@@ -113,10 +115,13 @@ def first_look(fields: dict[str, list], count: int = 12) -> list[int]:
   return picked[:count]
 
 
-def heat(findings: Findings, latent: int, heat_HW: Any, shown: Shown) -> str:
-  """An exemplar's heat map, in levels of the latent's peak on images."""
-  peak = float(findings.index.stats['peak_image'][latent])
-  return pictures.encode_heat(heat_HW, peak=peak, threshold=shown.threshold)
+def heat(
+  findings: Findings, latent: int, heat_HW: np.ndarray, shown: Shown
+) -> str:
+  """An exemplar's heat map; capitals are what the explainer's mask lights."""
+  peak = float(findings.index.stats['peak_base'][latent])
+  lit_HW = masks.lit(heat_HW, peak, shown.threshold)
+  return pictures.encode_heat(heat_HW, lit_HW, peak=peak)
 
 
 def thumbs(
@@ -124,12 +129,23 @@ def thumbs(
   latent: int,
   exemplars: list[ImageExemplar],
   shown: Shown,
-) -> list[tuple[int, str]]:
-  """(sample, heat map) of a card's pictures."""
+) -> list | dict[str, Any]:
+  """[sample, heat map] of a card's pictures; where there is none, a text."""
+  if not exemplars:
+    return next(map(_text, findings.index.texts(latent)), [])
   return [
-    (one.sample, heat(findings, latent, one.heat_HW, shown))
+    [one.sample, heat(findings, latent, one.heat_HW, shown)]
     for one in exemplars[:THUMBS]
   ]
+
+
+def _text(one: TextExemplar) -> dict[str, Any]:
+  return {
+    'x': digits(one.strength),
+    'tokens': one.tokens,
+    'acts': [digits(act, 3) for act in one.acts],
+    'at': one.at,
+  }
 
 
 def detail(
@@ -158,15 +174,7 @@ def detail(
       }
       for one in exemplars
     ],
-    'texts': [
-      {
-        'x': digits(one.strength),
-        'tokens': one.tokens,
-        'acts': [digits(act, 3) for act in one.acts],
-        'at': one.at,
-      }
-      for one in findings.index.texts(latent)
-    ],
+    'texts': [_text(one) for one in findings.index.texts(latent)],
     'stats': _stats(findings, latent, kinds),
     'truth': _truth(findings, latent),
     'steering': [case(one) for one in _steered(findings, latent)],

@@ -3,7 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
-from lmm_sae.core import concepts, stats
+import numpy as np
+
+from lmm_sae.core import concepts, pictures, stats
 from lmm_sae.core.findings import Findings
 from lmm_sae.core.records import Attribution, Steering
 from lmm_sae.core.report_latents import case, digits
@@ -167,6 +169,8 @@ def _cause(one: Attribution, findings: Findings) -> dict[str, Any]:
     'baseline': one.baseline,
     'target': one.target,
     'correct': one.correct,
+    'heat': _heat(one),
+    'words': [[word, digits(price)] for word, price in one.words],
     'latents': [
       {
         'latent': effect.latent,
@@ -177,6 +181,15 @@ def _cause(one: Attribution, findings: Findings) -> dict[str, Any]:
       for effect in one.latents
     ],
   }
+
+
+def _heat(one: Attribution) -> str | None:
+  """Prices by patch; capitals count against the answer."""
+  if not one.heat:
+    return None
+  heat_HW = np.array(one.heat)
+  peak = float(np.abs(heat_HW).max())
+  return pictures.encode_heat(heat_HW, heat_HW < 0, peak=peak)
 
 
 def _name(latent: int, concept: str, findings: Findings) -> str:

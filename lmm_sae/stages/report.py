@@ -139,7 +139,7 @@ class Folder:
     (path / 'img').mkdir()
 
   def put(self, file: str, key: str, value: Any, samples: bool = False) -> None:
-    """Writes data for the page under a key; notes the samples in it if asked."""
+    """Writes data for the page; notes the samples in it if asked."""
     path = self.path / 'data' / file
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f'lmmSae.put({_json(key)},{_json(value)})\n')
@@ -292,7 +292,6 @@ def _page(
   data = {
     'title': context['title'],
     'split': found[0].split,
-    'lit': pictures.lit_level(shown.threshold),
     'style': shown.style,
     'outcomes': FATES,
     'flags': FLAGS,

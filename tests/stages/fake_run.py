@@ -145,8 +145,10 @@ def _sample(s, names, scene, start, stop):
   thing = scene.objects[0]
   question = f'what colour is the {thing.noun}?'
   turns = (Turn('colour', question, thing.colour, thing.colour),)
-  return Sample(s, 0, f'scene {s}', names[0], 128, 128, 'user: ...', turns,
-                start, stop, {'regions': names[1], 'concepts': truth})  # fmt: skip
+  truth = {'regions': names[1], 'concepts': truth}
+  return Sample(
+    s, 0, f'{s}', names[0], 128, 128, 'user: ...', turns, start, stop, truth
+  )
 
 
 def _tokens(rng, s):
@@ -287,7 +289,9 @@ def _attribute(workdir, rng, samples, latents):
       effects.sort(key=lambda one: -abs(one.effect))
       out.add(
         Attribution(LAYER, s, 'happy', 'sad', tuple(effects),
-                    'how does the face feel?', 'happy', 'happy', s % 4 > 0)
+                    'how does the face feel?', 'happy', 'happy', s % 4 > 0,
+                    rng.normal(size=(GRID, GRID)).round(3).tolist(),
+                    [('how', -0.1), (' does', 0.3), (' it', 0), (' feel', 1.5)])
       )  # fmt: skip
   figure = {'value': 0.75, 'n': 8, 'ci': [0.41, 0.93]}
   low = {'value': 0.05, 'n': 8, 'ci': [0.0, 0.2]}

@@ -47,7 +47,7 @@ function intervalPlot(plot) {
  */
 function doseCurves(study) {
   const [width, height] = [520, 270];
-  const [left, right, top, bottom] = [38, 92, 12, 38];
+  const [left, right, top, bottom] = [50, 112, 12, 46];
   const doses = study.doses;
   const [low, high] = [Math.min(...doses), Math.max(...doses)];
   const x = (dose) => left + (width - left - right) *
@@ -67,7 +67,7 @@ function doseCurves(study) {
         'text-anchor': 'end' }, `${share * 100}%`));
   }
   for (const dose of doses) {
-    node.append(s('text', { class: 'tick', x: x(dose), y: height - bottom + 18,
+    node.append(s('text', { class: 'tick', x: x(dose), y: height - bottom + 20,
       'text-anchor': 'middle' }, `${dose}${study.tick ?? '×'}`));
   }
   node.append(s('text', { class: 'tick', x: (left + width - right) / 2,

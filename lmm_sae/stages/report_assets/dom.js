@@ -21,6 +21,12 @@ const h = (tag, props, ...children) =>
   fill(document.createElement(tag), props, children);
 const s = (tag, props, ...children) =>
   fill(document.createElementNS(SVG, tag), props, children);
+/** Puts the nodes, however nested, in the place of what a view showed. */
+function show(view, ...nodes) {
+  view.replaceChildren();
+  fill(view, null, nodes);
+}
+
 const $ = (selector, root = document) => root.querySelector(selector);
 const $$ = (selector, root = document) => [...root.querySelectorAll(selector)];
 

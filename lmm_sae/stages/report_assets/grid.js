@@ -95,10 +95,11 @@ function fillThumbs(node, layer, row, mode = 'masked') {
       loadSamples(), loadThumbs(layer, row)]);
     const latent = store.values.get(`layer/${layer}`).fields.latent[row];
     const list = thumbs[latent] || [];
-    node.replaceChildren(...(list.length
-      ? list.map(([sample, heat]) =>
+    node.replaceChildren(...(list.tokens
+      ? [h('div', { class: 'words' }, shaded(list))]
+      : list.length ? list.map(([sample, heat]) =>
         picture(samples, run.split, sample, heat, mode, false))
-      : [h('span', { class: 'none' }, 'Fires on no image')]));
+        : [h('span', { class: 'none' }, 'Nothing fires it')]));
   };
   sight.observe(node);
   return node;
@@ -136,12 +137,14 @@ function metaOf(fields, i) {
   return parts.join(' · ');
 }
 
-const flagBadges = (fields, i) => fields.flags[i].map((flag) =>
-  h('span', { class: 'badge' }, run.flags[flag] || flag));
+const flagBadges = (fields, i, only) => fields.flags[i]
+  .filter((flag) => !only || only.includes(flag))
+  .map((flag) => h('span', { class: 'badge' }, run.flags[flag] || flag));
 
 function card(layer, i) {
   const { fields } = store.values.get(`layer/${layer}`);
-  const badges = flagBadges(fields, i);
+  const badges = flagBadges(fields, i,
+    ['wrong', 'always_on', 'words', 'steered']);
   if (fields.label[i] && fields.outcome[i] !== 'explained') {
     badges.unshift(outcomeBadge(fields.outcome[i]));
   }
@@ -155,16 +158,17 @@ function card(layer, i) {
       h('dl', { class: 'scores' }, scoresOf(fields, i)))));
 }
 
+const versus = (value, base) => [fmt.num(value), known(base) &&
+  h('span', { class: 'soft small' }, ` vs ${fmt.num(base)}`)];
+
 const COLUMNS = [
   ['Latent', 'latent', (f, i) => `#${f.latent[i]}`],
   ['Exemplars', '', null],
   ['Label', 'label', null],
   ['Category', '', (f, i) => f.category[i]],
   ['Concept', '', (f, i) => f.concept[i]],
-  ['IoU', 'iou', (f, i) => fmt.num(f.iou[i])],
-  ['random', '', (f, i) => fmt.num(f.iou_base[i])],
-  ['CLIP', 'clip', (f, i) => fmt.num(f.clip[i], 1)],
-  ['random', '', (f, i) => fmt.num(f.clip_base[i], 1)],
+  ['IoU', 'iou', (f, i) => versus(f.iou[i], f.iou_base[i])],
+  ['CLIP', 'clip', (f, i) => versus(f.clip[i], f.clip_base[i])],
   ['F1', 'f1', (f, i) => fmt.num(f.f1[i])],
   ['Fires on', 'rate', (f, i) => fmt.percent(f.rate[i])],
   ['Peak', 'peak', (f, i) => fmt.num(f.peak[i])],
@@ -198,7 +202,7 @@ function tableRow(layer, i) {
     if (name === 'Label') {
       return h('th', { scope: 'row', class: 'words' },
         h('a', { href: latentHref(layer, fields.latent[i]) },
-          labelOf(fields, i)), ' ', flagBadges(fields, i));
+          labelOf(fields, i)));
     }
     return h('td', { class: 'num' }, cell(fields, i));
   }));

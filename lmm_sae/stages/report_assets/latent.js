@@ -49,12 +49,12 @@ function exemplarList(detail, samples) {
         ` mean, ${run.split} ${one.s}`,
         info && info.alt.includes(':') &&
           [h('br'), info.alt.slice(info.alt.indexOf(':') + 2)],
-        one.e ? [h('br'), 'shown to the explainer'] : null)));
+        one.e ? [h('br'), 'shown masked to the explainer'] : null)));
   }));
   const tiles = detail.exemplars.some((one) => one.t);
   const tools = h('div', { class: 'tools-row' },
     toggle('How pictures are drawn', [['heat', 'Heat map'],
-      ['masked', 'As the explainer saw it'], ['plain', 'Original']], look.mode,
+      ['masked', 'Masked'], ['plain', 'Original']], look.mode,
     (mode) => { look.mode = mode; draw(); }),
     tiles && toggle('Which tokens', [['base', 'Base view'], ['tiles', 'Tiles']],
       look.view, (view) => { look.view = view; draw(); }),
@@ -66,22 +66,24 @@ function exemplarList(detail, samples) {
     : [h('p', { class: 'not-run' }, 'This latent fires on no image.')];
 }
 
+/** A stretch of text, each token shaded by how much it fires the latent. */
+function shaded({ tokens, acts, at }) {
+  const top = Math.max(...acts, 1e-9);
+  const shown = (token) => token.replace(/\n/g, '⏎');
+  return h('p', { class: 'said-text' }, tokens.map((token, i) => {
+    if (!(acts[i] > 0)) return shown(token);
+    return h('mark', { class: i === at ? 'peak' : null, title: fmt.num(acts[i]),
+      style: `--heat: ${(0.12 + 0.68 * acts[i] / top).toFixed(2)}` },
+    shown(token));
+  }));
+}
+
 function contexts(texts) {
   if (!texts.length) {
     return h('p', { class: 'not-run' }, 'This latent fires on no text token.');
   }
-  return h('ul', { class: 'contexts panel' }, texts.map((one) => {
-    const top = Math.max(...one.acts, 1e-9);
-    return h('li', null,
-      h('span', { class: 'num small soft' }, fmt.num(one.x)),
-      h('p', null, one.tokens.map((token, i) => {
-        const act = one.acts[i];
-        if (!(act > 0)) return token.replace(/\n/g, '⏎');
-        return h('mark', { class: i === one.at ? 'peak' : null,
-          style: `--heat: ${(0.12 + 0.68 * act / top).toFixed(2)}`,
-          title: fmt.num(act) }, token.replace(/\n/g, '⏎'));
-      })));
-  }));
+  return h('ul', { class: 'contexts panel' }, texts.map((one) => h('li', null,
+    h('span', { class: 'num small soft' }, fmt.num(one.x)), shaded(one))));
 }
 
 function statPanel(detail) {
@@ -128,7 +130,7 @@ async function showLatent(view, layer, latent) {
   const data = layerOf(layer) ? await loadLayer(layer) : null;
   const row = data ? data.fields.latent.indexOf(latent) : -1;
   if (row < 0) {
-    view.replaceChildren(h('h1', { tabindex: '-1' }, 'No such latent'),
+    show(view, h('h1', { tabindex: '-1' }, 'No such latent'),
       h('p', { class: 'lead' }, 'It is not in this report. ',
         h('a', { href: '#/latents' }, 'See all latents'), '.'));
     return 'No such latent';
@@ -140,7 +142,7 @@ async function showLatent(view, layer, latent) {
   const name = fields.label[row] || run.outcomes[fields.outcome[row]];
   const part = (title, ...nodes) => h('section', { class: 'section' },
     h('h2', null, title), ...nodes);
-  view.replaceChildren(
+  show(view,
     latentCrumbs(layer, row),
     h('p', { class: 'eyebrow' }, `Latent ${latent} of layer ${layer}`),
     h('h1', { tabindex: '-1' }, fields.label[row]

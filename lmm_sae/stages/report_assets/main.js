@@ -40,7 +40,7 @@ async function route(first) {
   try {
     title = await VIEWS[to.view](view, to.parts, to.query);
   } catch (error) {
-    view.replaceChildren(h('h1', { tabindex: '-1' }, 'This part is missing'),
+    show(view, h('h1', { tabindex: '-1' }, 'This part is missing'),
       h('p', { class: 'lead' }, `${error.message}. Keep index.html, data and ` +
         'img in one folder.'));
     throw error;
@@ -53,6 +53,8 @@ async function route(first) {
     if (link.dataset.view === tab) link.setAttribute('aria-current', 'page');
     else link.removeAttribute('aria-current');
   }
+  const [bar, now] = [$('.top ul'), $('.top a[aria-current]')];
+  bar.scrollLeft = now.offsetLeft - (bar.clientWidth - now.offsetWidth) / 2;
   const heading = $('h1', view);
   if (!view.id.endsWith('overview')) {
     document.title = `${title || heading.textContent} · ${run.title}`;

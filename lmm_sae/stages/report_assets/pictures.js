@@ -1,7 +1,9 @@
 // Heat maps: `ROWSxCOLS:` and runs, a number for so many cold patches, a letter
-// for a warm one (a is level 1, Z is 52, the latent's peak).
+// for a warm one, from a, faint, to z, the peak. A capital is lit for the
+// explainer or, in a map of prices, counts against the answer.
 
-const LEVELS = 52;
+const LEVELS = 26;
+const AGAINST = [70, 130, 235];
 const RAMP = [
   [0, 60, 16, 104, 0.4],
   [0.25, 150, 38, 103, 0.55],
@@ -14,13 +16,18 @@ function decodeHeat(text) {
   const [shape, runs] = text.split(':');
   const [rows, cols] = shape.split('x').map(Number);
   const levels = new Uint8Array(rows * cols);
+  const capital = new Uint8Array(rows * cols);
   let at = 0;
   for (const token of runs.match(/\d+|[a-zA-Z]/g) || []) {
     const code = token.charCodeAt(0);
-    if (code < 58) at += Number(token);
-    else levels[at++] = code >= 97 ? code - 96 : code - 64 + 26;
+    if (code < 58) {
+      at += Number(token);
+      continue;
+    }
+    capital[at] = code < 97 ? 1 : 0;
+    levels[at++] = code % 32;
   }
-  return { rows, cols, levels };
+  return { rows, cols, levels, capital };
 }
 
 function rampColour(share) {
@@ -33,10 +40,10 @@ function rampColour(share) {
 
 // The paper's mask interpolates the binary map bilinearly and keeps what is
 // above zero, which dilates it; the exact one repeats each patch.
-function litMask(heat, lit, style) {
-  const { rows, cols, levels } = heat;
+function litMask(heat, style) {
+  const { rows, cols, capital } = heat;
   if (style !== 'paper') {
-    return { rows, cols, on: (y, x) => levels[y * cols + x] >= lit };
+    return { rows, cols, on: (y, x) => capital[y * cols + x] };
   }
   const fine = 8;
   const near = (at, size) => {
@@ -46,13 +53,13 @@ function litMask(heat, lit, style) {
     return both.map((v) => Math.min(Math.max(v, 0), size - 1));
   };
   const on = (y, x) => near(y, rows).some((r) =>
-    near(x, cols).some((c) => levels[r * cols + c] >= lit));
+    near(x, cols).some((c) => capital[r * cols + c]));
   return { rows: rows * fine, cols: cols * fine, on };
 }
 
 function paint(canvas, text, mode) {
   const heat = decodeHeat(text);
-  const mask = mode === 'masked' ? litMask(heat, run.lit, run.style) : heat;
+  const mask = mode === 'masked' ? litMask(heat, run.style) : heat;
   canvas.width = mask.cols;
   canvas.height = mask.rows;
   const context = canvas.getContext('2d');
@@ -63,9 +70,11 @@ function paint(canvas, text, mode) {
         pixels.data[i + 3] = mask.on(y, x) ? 0 : 224; // 12% of the brightness
         continue;
       }
-      const level = heat.levels[y * heat.cols + x];
-      if (!level) continue;
-      const [r, g, b, a] = rampColour((level - 1) / (LEVELS - 1));
+      const place = y * heat.cols + x;
+      const share = heat.levels[place] / LEVELS;
+      if (!share) continue;
+      const [r, g, b, a] = mode === 'priced' && heat.capital[place]
+        ? [...AGAINST, 0.75 * share] : rampColour(share);
       pixels.data.set([r, g, b, a * 255], i);
     }
   }
@@ -81,7 +90,8 @@ function pictureOf(samples, split, sample) {
 /**
  * An image with its heat map.
  *
- * @param {string} mode `masked` (as the explainer saw it), `heat` or `plain`.
+ * @param {string} mode `masked` (as the explainer saw it), `heat`, `priced`
+ *   (what spoke for an answer, and in blue against it) or `plain`.
  */
 function picture(samples, split, sample, heat, mode, spoken = true) {
   const one = pictureOf(samples, split, sample);
@@ -90,7 +100,8 @@ function picture(samples, split, sample, heat, mode, spoken = true) {
       'aria-label': `Sample ${sample} has no picture` });
   }
   const said = { masked: ', dimmed where the latent is silent',
-    heat: ', with its heat map', plain: '' };
+    heat: ', with its heat map', plain: '',
+    priced: ', with what spoke for the answer' };
   const box = h('span', { class: `pic ${heat ? mode : 'plain'}` },
     h('img', { src: one.src, loading: 'lazy', decoding: 'async',
       alt: spoken ? one.alt + (heat ? said[mode] : '') : '' }));

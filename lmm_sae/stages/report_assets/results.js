@@ -223,8 +223,8 @@ async function showResults(view, key, make, title, lead, missing) {
       run.layers.length > 1 && h('h2', { class: 'section' }, `Layer ${layer}`),
       study.reason ? notRun(`${study.reason}.`) :
         make(study, samples, Number(layer))]);
-  view.replaceChildren(h('h1', { tabindex: '-1' }, title),
+  show(view, h('h1', { tabindex: '-1' }, title),
     h('p', { class: 'lead' }, lead),
-    ...parts.flat(Infinity).filter(Boolean));
+    parts);
   return title;
 }

@@ -82,7 +82,7 @@ function studyCases(study, samples) {
 async function showSteering(view) {
   const data = await store.load('steering', 'steering.js');
   const samples = await loadSamples();
-  view.replaceChildren(
+  show(view,
     h('h1', { tabindex: '-1' }, 'Steering'),
     h('p', { class: 'lead' }, 'A latent is set to a value while the subject ' +
       'reads, and the subject answers. Doses are chosen on half A; what is ' +
@@ -114,7 +114,7 @@ function effectBars(latents, layer) {
   const place = (value) => 50 + 50 * value / top;
   return h('div', { class: 'effects' }, latents.map((one) => {
     const [from, to] = [50, place(one.effect)].sort((a, b) => a - b);
-    return [
+    return h('div', { class: 'effect' },
       h('span', null, h('a', { href: latentHref(layer, one.latent) },
         one.name || `#${one.latent}`)),
       h('span', { class: 'track', 'aria-hidden': 'true' },
@@ -124,7 +124,7 @@ function effectBars(latents, layer) {
           `left: calc(${place(one.exact).toFixed(1)}% - 1px)` })),
       h('span', { class: 'num' }, fmt.num(one.effect),
         known(one.exact) && h('span', { class: 'only-spoken' },
-          `, by ablation ${fmt.num(one.exact)}`))];
+          `, by ablation ${fmt.num(one.exact)}`)));
   }));
 }
 
@@ -140,8 +140,8 @@ function causeCase(one, samples) {
   const image = pictureOf(samples, one.split, one.sample);
   return h('li', { class: image ? null : 'no-picture' },
     image && h('div', { class: 'pair' },
-      picture(samples, one.split, one.sample, one.heat,
-        one.heat ? 'heat' : 'plain')),
+      picture(samples, one.split, one.sample, null, 'plain'),
+      one.heat && picture(samples, one.split, one.sample, one.heat, 'priced')),
     h('div', null,
       h('p', { class: 'prompt' }, one.prompt || 'Prompt not kept'),
       h('p', null, one.text && h('span', null, `“${one.text}” `),
@@ -149,9 +149,8 @@ function causeCase(one, samples) {
           one.correct ? 'right' : one.target
             ? `wrong, it is ${one.target}` : 'wrong')),
       h('p', { class: 'small soft' },
-        `What speaks for “${one.answer}” rather than “${one.baseline}”; ` +
-        'bar: first-order price, tick: real ablation.'),
-      one.words && heatWords(one.words),
+        `“${one.answer}” rather than “${one.baseline}”`),
+      one.words.length > 0 && heatWords(one.words),
       effectBars(one.latents, one.layer)));
 }
 
@@ -168,10 +167,19 @@ async function showCauses(view) {
       : h('p', { class: 'empty' }, 'No such answer.')));
   };
   if (data.cases.length) draw('all');
-  view.replaceChildren(
+  show(view,
     h('h1', { tabindex: '-1' }, 'Causes of answers'),
     h('p', { class: 'lead' }, 'One forward and one backward pass price every ' +
-      'latent at once; the top ones are then ablated for real.'),
+      'latent at once for the answer against its runner-up; the top ones are ' +
+      'then ablated for real.'),
+    data.cases.length > 0 && h('ul', { class: 'keys', style:
+      'margin-top: 1rem' },
+    h('li', { class: 'keys-item' }, h('i', { class: 'swatch for' }),
+      'speaks for the answer'),
+    h('li', { class: 'keys-item' }, h('i', { class: 'swatch against' }),
+      'speaks against it'),
+    h('li', { class: 'keys-item' }, h('i', { class: 'swatch tick' }),
+      'what ablating the latent took away')),
     ...(data.cases.length ? [
       h('div', { class: 'tools-row', style: 'margin-top: 1.5rem' },
         data.cases.some((one) => one.correct === false) &&

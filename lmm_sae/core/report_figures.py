@@ -1,0 +1,156 @@
+"""The headline figures as the report's page shows them, beside baselines."""
+
+from collections.abc import Sequence
+from typing import Any
+
+# name, title, what it says, baselines and their names, least top of its axis;
+# an axis that ends at 0 ends at the count n.
+FIGURES = (
+  (
+    'fvu',
+    'Variance left unexplained',
+    'What the SAE loses of the residual stream (FVU). Lower is better.',
+    {},
+    0.2,
+  ),
+  (
+    'clean_concepts',
+    'Concepts with a clean latent of their own',
+    'Of the '
+    'concepts met in the data, those with a latent that means nothing else.',
+    {'clean_concepts_neurons': 'raw neurons'},
+    0,
+  ),
+  (
+    'explained_right',
+    'Explanations that name the true concept',
+    'Over all '
+    'latents that speak of objects; right means the answer contains the '
+    'concept.',
+    {'explained_right_shuffled': 'shuffled'},
+    1,
+  ),
+  (
+    'iou',
+    'Overlap of explanation and activation (IoU)',
+    'Where the label is found in the image, against where the latent fires.',
+    {'iou_shuffled': 'shuffled label', 'iou_random': 'random images'},
+    1,
+  ),
+  (
+    'clip',
+    'CLIP score of label and images',
+    '100 times the cosine. The '
+    "packaged judge shares the subject's trunk, so trust the masks first.",
+    {'clip_shuffled': 'shuffled label', 'clip_random': 'random images'},
+    30,
+  ),
+  (
+    'steer_colour',
+    'Answers steered to another colour',
+    'Share of answers that name the target once its latent is clamped.',
+    {'steer_random': 'random latent'},
+    1,
+  ),
+  (
+    'steer_emotion',
+    'Answers steered to another emotion',
+    'The same for faces: happy, sad, angry, surprised.',
+    {'steer_random': 'random latent'},
+    1,
+  ),
+  (
+    'attribution_correlation',
+    'First-order price against real ablation',
+    'Correlation over the top latents of each attributed answer.',
+    {},
+    1,
+  ),
+)
+SKIP = {'seconds', 'layers', 'format_version'}
+
+
+def number(value: float | int | None) -> str:
+  """A number as the page writes it."""
+  if value is None:
+    return '-'
+  if isinstance(value, int) or (float(value).is_integer() and abs(value) >= 10):
+    return f'{int(value):,}'
+  size = abs(value)
+  places = 0 if size >= 100 else 1 if size >= 10 else 2
+  return f'{value:.{3 if 0 < size < 0.1 else places}f}'
+
+
+def percent(share: float) -> str:
+  return f'{100 * share:.{1 if 0 < share < 0.1 else 0}f}%'
+
+
+def interval(ci: Sequence[float] | None) -> str:
+  return f'{number(ci[0])} to {number(ci[1])}' if ci else ''
+
+
+def figures(summary: dict[str, Any]) -> list[dict[str, Any]]:
+  """The headline figures, each with its baselines and its plot."""
+  beside = {name for row in FIGURES for name in row[3]}
+  known = {row[0] for row in FIGURES}
+  others = [
+    (name, name.replace('_', ' ').capitalize(), '', {}, 0)
+    for name, figure in summary.items()
+    if name not in known | beside | SKIP and isinstance(figure, dict)
+  ]
+  return [
+    _figure(summary, *row) for row in (*FIGURES, *others) if row[0] in summary
+  ]
+
+
+def _figure(
+  summary: dict[str, Any],
+  name: str,
+  title: str,
+  note: str,
+  baselines: dict[str, str],
+  top: float,
+) -> dict[str, Any]:
+  figure = summary[name]
+  made = {'name': name, 'title': title, 'note': note, 'text': None}
+  if figure['value'] is None:
+    return made | {'reason': figure.get('reason', 'not run')}
+  bases = [
+    {
+      'name': word,
+      'text': number(summary[base]['value']),
+      'ci': _brackets(summary[base]['ci']),
+      'mark': mark,
+    }
+    for (base, word), mark in zip(
+      baselines.items(), ('circle', 'diamond'), strict=False
+    )
+    if summary[base]['value'] is not None
+  ]
+  points = [(figure, 'dot')] + [
+    (summary[base], mark)
+    for base, mark in zip(baselines, ('circle', 'diamond'), strict=False)
+    if summary[base]['value'] is not None
+  ]
+  ends = [
+    end for one, _ in points for end in (one['value'], *(one['ci'] or ()))
+  ]
+  high = max([top or figure['n'] or 1, *ends])
+  low = min([0.0, *ends])
+  return made | {
+    'text': number(figure['value']),
+    'ci': interval(figure['ci']),
+    'n': f'n {number(figure["n"])}' if figure['n'] else '',
+    'baselines': bases,
+    'plot': {
+      'domain': [low, high],
+      'points': [
+        {'value': one['value'], 'ci': one['ci'], 'mark': mark}
+        for one, mark in points
+      ],
+    },
+  }
+
+
+def _brackets(ci: Sequence[float] | None) -> str:
+  return f'({interval(ci)})' if ci else ''
