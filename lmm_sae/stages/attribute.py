@@ -251,8 +251,10 @@ def attributed(bench: Bench, sample: int, turn: Turn, text: str) -> Attribution:
     text=text,
     target=turn.target,
     correct=mistakes.right(text, turn) if turn.type else None,
-    heat=tuple(map(tuple, priced.heat_HW.round(4).tolist())),
-    words=tuple((vocab[token], round(x, 4)) for token, x in priced.words),
+    heat=tuple(map(tuple, priced.heat_HW.astype(float).round(4).tolist())),
+    words=tuple(
+      (vocab[token], round(float(x), 4)) for token, x in priced.words
+    ),
   )
 
 
