@@ -12,26 +12,30 @@ from lmm_sae.scenes import questions, render
 SPLITS = {'train': 101, 'a': 102, 'b': 103}
 
 
-def samples(split: str, seed: int, count: int) -> Iterator[Item]:
-  """Scenes of a split, each in a conversation of one question and its answer.
+def sample(split: str, seed: int, number: int) -> Item:
+  """A scene of a split, in a conversation of one question and its answer.
 
-  A scene follows from (split, seed, its number) alone. `turns` are all the
-  questions that it allows; `concepts` names what holds of each region.
+  It follows from the arguments alone. `turns` are all the questions that the
+  scene allows; `concepts` names what holds of each region.
   """
-  for number in range(count):
-    rng = np.random.default_rng([SPLITS[split], seed, number])
-    scene = render.sample(rng)
-    turns = questions.scene_turns(scene, rng)
-    asked = turns[0]
-    concepts = {'0': [questions.BACKGROUND]}
-    for i, thing in enumerate(scene.objects):
-      concepts[str(i + 1)] = list(thing.concepts)
-    yield Item(
-      source=f'scene/{split}/{seed}/{number}',
-      image=Image.fromarray(scene.pixels_HW3),
-      image_path='',
-      conversation=(('user', asked.question), ('assistant', asked.answer)),
-      turns=tuple(turns),
-      regions_HW=scene.regions_HW,
-      concepts=concepts,
-    )
+  rng = np.random.default_rng([SPLITS[split], seed, number])
+  scene = render.sample(rng)
+  turns = questions.scene_turns(scene, rng)
+  asked = turns[0]
+  concepts = {'0': [questions.BACKGROUND]}
+  for i, thing in enumerate(scene.objects):
+    concepts[str(i + 1)] = list(thing.concepts)
+  return Item(
+    source=f'scene/{split}/{seed}/{number}',
+    image=Image.fromarray(scene.pixels_HW3),
+    image_path='',
+    conversation=(('user', asked.question), ('assistant', asked.answer)),
+    turns=tuple(turns),
+    regions_HW=scene.regions_HW,
+    concepts=concepts,
+  )
+
+
+def samples(split: str, seed: int, count: int) -> Iterator[Item]:
+  """The first `count` scenes of a split."""
+  return (sample(split, seed, number) for number in range(count))

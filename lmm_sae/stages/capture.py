@@ -306,33 +306,21 @@ def _make_one(job: Job, threads: int, task: Task) -> Any:
 # The scenes, as a source.
 
 
+@dataclasses.dataclass(frozen=True)
 class _Scenes:
-  """The scenes of one split, made one after the other."""
+  """The scenes of one split, each made when it is asked for."""
 
-  def __init__(self, split: str, seed: int, count: int):
-    self._args = (split, seed, count)
-    self._next = 0
-    self._scenes: Iterator[Any] = iter(())
+  split: str
+  seed: int
+  count: int
 
   def __len__(self) -> int:
-    return self._args[-1]
+    return self.count
 
   def __getitem__(self, index: int) -> Item:
     from lmm_sae.scenes import data
 
-    if index != self._next or index == 0:
-      self._scenes = itertools.islice(data.samples(*self._args), index, None)
-    self._next = index + 1
-    scene = next(self._scenes)
-    return Item(
-      source=scene.source,
-      image=scene.image,
-      image_path='',
-      conversation=tuple(scene.conversation),
-      turns=tuple(scene.turns),
-      regions_HW=scene.regions_HW,
-      concepts=scene.concepts,
-    )
+    return data.sample(self.split, self.seed, index)
 
   def name(self, index: int) -> str:
     return f'scene {index}'
