@@ -14,8 +14,6 @@ from lmm_sae.core.index import LatentIndex
 from lmm_sae.core.records import Attribution, Explanation, Score, Steering
 from lmm_sae.core.workdir import Workdir
 
-OBJECTS = 0.8  # share of firings on objects above which it speaks of objects
-
 # What may become of a latent, in the order of the page.
 FATES = {
   'explained': 'Explained',
@@ -108,21 +106,9 @@ class Findings:
     return 'tiles_only' if stats['peak_image'][latent] > 0 else 'text_only'
 
   def right(self, latent: int, explainer: str) -> bool | None:
-    """Whether an explainer named the concept; None where that cannot be said.
-
-    The rule of explained_right: at least 80% of the firings on objects, and
-    F1 > .2 on half A.
-    """
-    truth = self.concepts.get(latent)
-    if (
-      truth is None or truth.objects < OBJECTS or truth.f1_a <= concepts.MIN_F1
-    ):
-      return None
-    for one in self.explained.get(latent, []):
-      if one.explainer == explainer:
-        text = one.text if one.outcome == 'explained' else ''
-        return concepts.says(text, truth.concept)
-    return None
+    """Whether an explainer named the concept; None where that is not scored."""
+    scored = self.scored(latent, explainer).get('right', {})
+    return bool(scored[''].value) if '' in scored else None
 
   @functools.cached_property
   def scorers(self) -> tuple[str, ...]:

@@ -19,9 +19,9 @@ CASES = 6  # steered answers of half B on a latent's page, and of half A
 EFFECTS = 10  # attributed answers on a latent's page
 
 SCORERS = {
-  'iou': 'IoU',
   'iou_exact': 'IoU, exact mask',
-  'iou_paper': "IoU, paper's mask",
+  'iou': "IoU, model's mask",
+  'iou_paper': "IoU, paper's rule",
   'clip': 'CLIP score',
 }
 BASELINES = {
@@ -215,12 +215,18 @@ def _explanations(findings: Findings, latent: int) -> list[dict[str, Any]]:
               if name
             ],
           }
-          for scorer, table in sorted(scored.items())
-          if '' in table
+          for scorer, table in sorted(scored.items(), key=_order)
+          if '' in table and scorer != 'right'
         ],
       }
     )
   return said
+
+
+def _order(item: tuple[str, Any]) -> tuple[int, str]:
+  """Scorers in the order of SCORERS, then the others by name."""
+  names = list(SCORERS)
+  return (names.index(item[0]) if item[0] in names else len(names), item[0])
 
 
 def _stats(

@@ -24,8 +24,11 @@ WHY = {
 }
 
 KIND_ORDER = (
-  'base', 'tile', 'newline', 'template', 'question', 'answer', 'bos', 'all',
-)  # fmt: skip
+  *('base', 'tile', 'newline', 'image'),
+  *('template', 'question', 'answer', 'text'),
+  *('bos', 'all'),
+)
+GROUPS = {'image': 'All of the image', 'text': 'All of the text', 'all': 'All'}
 COLUMNS = {'fvu': 'FVU', 'l0': 'L0', 'dead': 'Dead', 'rows': 'Tokens'}
 
 
@@ -75,7 +78,13 @@ def quality(
         top = 1 if name == 'dead' else max(*tops, 1e-9)
         share = round(100 * value / top, 1)
       cells.append({'text': text, 'share': share})
-    rows.append({'kind': kind, 'name': kind.capitalize(), 'cells': cells})
+    rows.append(
+      {
+        'kind': kind,
+        'name': GROUPS.get(kind, kind.capitalize()),
+        'cells': cells,
+      }
+    )
   titles = [
     COLUMNS.get(name, name.replace('_', ' ').upper()) for name in fields
   ]

@@ -73,7 +73,7 @@ def make(root: pathlib.Path, latents: int = 64, samples: int = 24):
   table = {
     kind: {'fvu': round(0.02 + 0.03 * i, 3), 'l0': K - 0.2 * i, 'dead': 0.03,
            'rows': 1000 * (i + 1)}
-    for i, kind in enumerate(('base', 'tile', 'newline', 'question', 'all'))
+    for i, kind in enumerate(('base', 'tile', 'image', 'question', 'all'))
   }  # fmt: skip
   records.write_json(
     workdir.file('evaluation.json'), {'format_version': 1, str(LAYER): table}
@@ -230,6 +230,8 @@ def _explain(workdir, index, rng):
         if outcome != 'explained':
           continue
         right = name in text
+        for baseline, value in (('', float(right)), ('shuffled', 0.05)):
+          scored.add(Score(LAYER, m, 'right', baseline, value, 1, explainer))
         for scorer, top in (('iou_exact', 0.7), ('iou', 0.6), ('clip', 28.0)):
           for baseline, share in (('', 1.0 if right else 0.3), ('random', 0.1),
                                   ('shuffled', 0.2)):  # fmt: skip
