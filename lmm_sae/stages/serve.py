@@ -48,7 +48,7 @@ def run(config: ConfigDict, workdir: Workdir) -> None:
     service = Service(
       subject, _saes(workdir, layers, subject), *_judges(judge, device)
     )
-    serve.run(service, sock, opts, lambda url: print(f'serving on {url}'))
+    serve.run(service, sock, opts, _announce)
 
 
 def _saes(workdir: Workdir, layers, subject: Subject) -> dict[int, saes.Sae]:
@@ -84,3 +84,7 @@ def _judges(config: JudgeConfig, device: str):
   if clip is not None:
     found.setdefault('clip', clip)
   return clip, found
+
+
+def _announce(url: str) -> None:
+  print(f'serving on {url}', flush=True)
