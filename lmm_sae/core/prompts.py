@@ -29,7 +29,9 @@ def fill(name: str, **values: object) -> str:
   text = load(name)
   wanted = set(re.findall(r'{(\w+)}', text))
   if wanted != set(values):
-    raise ValueError(f'prompt {name} takes {sorted(wanted)}, got {sorted(values)}')
+    raise ValueError(
+      f'prompt {name} takes {sorted(wanted)}, got {sorted(values)}'
+    )
   return re.sub(r'{(\w+)}', lambda match: str(values[match[1]]), text)
 
 

@@ -145,9 +145,7 @@ def _stack(pictures, tiles, images, groups) -> Batch:
   joined = {
     head: np.concatenate([found[head] for found in labels]) for head in HEADS
   }
-  return Batch(
-    normalise(np.concatenate(seen)), joined, tiles, images, groups
-  )
+  return Batch(normalise(np.concatenate(seen)), joined, tiles, images, groups)
 
 
 def patches(rng: np.random.Generator, scenes: int) -> Batch:
@@ -274,7 +272,7 @@ def _fixed(rng: np.random.Generator) -> dict[str, str]:
     fixed['name'] = str(rng.choice((*render.SHAPES, 'face', *render.LETTERS)))
   elif 0.65 <= draw < 0.78:
     fixed['detail'] = str(rng.choice(render.TEXTURES))
-  elif 0.78 <= draw:
+  elif draw >= 0.78:
     fixed['detail'] = str(rng.choice(render.EMOTIONS))
   if draw > 0.95:
     fixed['colour'] = str(rng.choice(tuple(render.COLOURS)))

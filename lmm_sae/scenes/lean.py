@@ -129,7 +129,9 @@ def language(lm, prefix_BPD: Tensor, groups: list[Tensor]) -> list[Tensor]:
     v = v.repeat_interleave(heads // kv, 1).split(counts)
     start = counts[0] if last else 0
     q = attention.q_proj(y[start:]).view(-1, heads, size)
-    q = _rotate(q, cos[start:], sin[start:]).split(counts[1:] if last else counts)
+    q = _rotate(q, cos[start:], sin[start:]).split(
+      counts[1:] if last else counts
+    )
 
     def rows(x):  # [B * P, heads, d] -> [B, heads, P, d]
       return x.view(batch, -1, heads, size).transpose(1, 2)

@@ -7,6 +7,7 @@ four 64 px AnyRes tiles: 64 + 256 + 16 newlines = 336 image tokens.
 
 import dataclasses
 import pathlib
+import re
 
 import numpy as np
 import tokenizers
@@ -54,7 +55,7 @@ class Size:
 
 SIZES = {
   'small': Size(128, 384, 5, 4, 192, 448, 6, 4, 2),
-  'base': Size(160, 480, 6, 5, 256, 704, 6, 4, 2),
+  'base': Size(128, 640, 6, 4, 192, 768, 8, 4, 2),
 }
 
 
@@ -176,6 +177,59 @@ def make_model(name: str) -> transformers.LlavaNextForConditionalGeneration:
     bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD, max_new_tokens=64
   )
   return model
+
+
+def grow(parent):
+  """A `base` that computes exactly what its `small` parent does.
+
+  New layers have zero output projections and new MLP units zero outgoing
+  weights, so that training goes on from the parent's function (Net2Net, Chen
+  et al. 2016, arXiv 1511.05641). Seed torch before.
+  """
+  child = make_model('base')
+  source = parent.state_dict()
+  grown = {}
+  for name, tensor in child.state_dict().items():
+    origin, new = _origin(name)
+    if new and name.endswith(_OUTPUTS):
+      grown[name] = torch.zeros_like(tensor)
+      continue
+    old = source[origin]
+    if old.shape == tensor.shape:
+      grown[name] = old.clone()
+      continue
+    wide = torch.randn_like(tensor) * old.std()
+    if name.endswith(_OUTPUTS):
+      wide.zero_()
+    wide[tuple(slice(0, n) for n in old.shape)] = old
+    grown[name] = wide
+  child.load_state_dict(grown)
+  return child
+
+
+_OUTPUTS = (
+  'o_proj.weight',
+  'down_proj.weight',
+  'out_proj.weight',
+  'out_proj.bias',
+  'fc2.weight',
+  'fc2.bias',
+)
+
+
+def _origin(name: str) -> tuple[str, bool]:
+  """The parent's name of a child's parameter, and whether its layer is new.
+
+  One ViT layer is added below the last (which the LMM does not read), and one
+  decoder layer after every third.
+  """
+  match = re.match(r'(.*\.layers\.)(\d+)(\..*)', name)
+  if not match:
+    return name, False
+  head, number, tail = match[1], int(match[2]), match[3]
+  parents = (0, 1, 2, 3, 3, 4) if 'vision' in name else (0, 1, 2, 2, 3, 4, 5, 5)
+  new = number > 0 and parents[number] == parents[number - 1]
+  return f'{head}{parents[number]}{tail}', new
 
 
 def save(model, processor, folder: pathlib.Path) -> None:

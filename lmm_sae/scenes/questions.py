@@ -45,9 +45,7 @@ WEIGHTS = {
 }
 
 
-def references(
-  thing: Object, scene: Scene, hidden: str
-) -> list[str]:
+def references(thing: Object, scene: Scene, hidden: str) -> list[str]:
   """Expressions that single out `thing` without naming its `hidden` attribute."""
   options = [
     (f'{thing.noun}', ('name',)),
@@ -89,7 +87,9 @@ def scene_turns(scene: Scene, rng: np.random.Generator) -> list[Turn]:
     ask('where', 'where is the {}?', o, 'place', PLACES[o.place])
     ask('size', 'how large is the {}?', o, 'size', o.size)
     if o.name in SHAPES:
-      ask('texture', 'what texture has the {}?', o, 'detail', o.detail, o.detail)
+      ask(
+        'texture', 'what texture has the {}?', o, 'detail', o.detail, o.detail
+      )
     if o.name == 'face' and len(faces) == 2:
       refs = [r for r in references(o, scene, 'detail') if 'face' in r]
       ref = refs[rng.integers(len(refs))]
@@ -105,9 +105,7 @@ def scene_turns(scene: Scene, rng: np.random.Generator) -> list[Turn]:
     turns.append(Turn('letter', 'which letter is there?', letter, letter))
   total = NUMBERS[len(scene.objects)]
   turns.append(Turn('count', 'how many objects are there?', total))
-  turns.append(
-    Turn('count', 'how many faces are there?', NUMBERS[len(faces)])
-  )
+  turns.append(Turn('count', 'how many faces are there?', NUMBERS[len(faces)]))
   turns += [_yes_no(scene, rng), _yes_no(scene, rng)]
   turns += [_detect(scene, rng), _detect(scene, rng)]
   turns += [_place(scene, rng), _place(scene, rng)]
@@ -129,11 +127,16 @@ def describe(scene: Scene) -> str:
 
 def holds(scene: Scene, label: str) -> bool:
   """Whether one object of the scene has every word of the label."""
+  return any(fits(thing, label) for thing in scene.objects)
+
+
+def fits(thing: Object, label: str) -> bool:
+  """Whether every word of the label holds of the object."""
   words = set(label.replace('letter ', '').split())
-  return any(words <= {*o.concepts, o.size} for o in scene.objects)
+  return words <= {*thing.concepts, thing.size}
 
 
-def _label(thing: Object, rng: np.random.Generator) -> str:
+def label_of(thing: Object, rng: np.random.Generator) -> str:
   """One concept of the object, or two of them, or all."""
   options = [thing.colour, thing.noun, f'{thing.colour} {thing.noun}']
   if thing.detail in EMOTIONS:
@@ -159,7 +162,7 @@ def _other_label(scene: Scene, rng: np.random.Generator) -> str:
       name = noun.removeprefix('letter ')
       kinds = {'face': EMOTIONS} | dict.fromkeys(SHAPES, TEXTURES)
       detail = str(rng.choice(kinds[name])) if name in kinds else ''
-    label = _label(Object(colour, name, detail, near.size, 0), rng)
+    label = label_of(Object(colour, name, detail, near.size, 0), rng)
     if not holds(scene, label):
       return label
 
@@ -168,7 +171,7 @@ def _yes_no(scene: Scene, rng: np.random.Generator) -> Turn:
   yes = bool(rng.integers(2))
   if yes:
     thing = scene.objects[rng.integers(len(scene.objects))]
-    label = _label(thing, rng)
+    label = label_of(thing, rng)
   else:
     label = _other_label(scene, rng)
   if not any(label.endswith(noun) for noun in NOUNS):
@@ -179,7 +182,7 @@ def _yes_no(scene: Scene, rng: np.random.Generator) -> Turn:
 def _detect(scene: Scene, rng: np.random.Generator) -> Turn:
   yes = bool(rng.integers(2))
   if yes:
-    label = _label(scene.objects[rng.integers(len(scene.objects))], rng)
+    label = label_of(scene.objects[rng.integers(len(scene.objects))], rng)
   else:
     label = _other_label(scene, rng)
   question = prompts.fill('detect', label=label)
@@ -213,7 +216,9 @@ def _relation(scene: Scene, rng: np.random.Generator) -> Turn | None:
   if not all(refs):
     return None
   a, b = (r[rng.integers(len(r))] for r in refs)
-  return Turn('relation', f'is the {a} {word} the {b}?', 'yes' if true else 'no')
+  return Turn(
+    'relation', f'is the {a} {word} the {b}?', 'yes' if true else 'no'
+  )
 
 
 # Masked pictures: what an explainer sees of a latent.
@@ -309,9 +314,21 @@ def text_turn(rng: np.random.Generator, type_: str) -> Turn:
   """A turn of type `refine`, `category` or `common text`."""
   if type_ == 'refine':
     label = any_label(rng)
-    text = str(rng.choice(('{}', 'a {}', 'the {}', 'all show a {}', 'the '
-      'bright regions show {}', '{} in every picture')))
-    return Turn('refine', prompts.fill('refine', text=text.format(label)), label)
+    text = str(
+      rng.choice(
+        (
+          '{}',
+          'a {}',
+          'the {}',
+          'all show a {}',
+          'the bright regions show {}',
+          '{} in every picture',
+        )
+      )
+    )
+    return Turn(
+      'refine', prompts.fill('refine', text=text.format(label)), label
+    )
   if type_ == 'category':
     label = any_label(rng)
     return Turn(
@@ -326,11 +343,36 @@ def text_turn(rng: np.random.Generator, type_: str) -> Turn:
   return Turn('common text', question, f'{prompts.MARKER} {words}')
 
 
-TEXT_WORDS = (*COLOURS, *SHAPES, *EMOTIONS, *TEXTURES, 'face', 'what', 'how',
-  'colour', 'object', 'texture', 'where', 'picture', 'is', 'the', 'there',
-  'letter', 'feel', 'many')
-_TEXTS = ('{} is the', 'is there a {} object', 'how {} the face', 'what {} is',
-  'the {} at the top left', 'where is the {}', '{} object', 'describe the {}')
+TEXT_WORDS = (
+  *COLOURS,
+  *SHAPES,
+  *EMOTIONS,
+  *TEXTURES,
+  'face',
+  'what',
+  'how',
+  'colour',
+  'object',
+  'texture',
+  'where',
+  'picture',
+  'is',
+  'the',
+  'there',
+  'letter',
+  'feel',
+  'many',
+)
+_TEXTS = (
+  '{} is the',
+  'is there a {} object',
+  'how {} the face',
+  'what {} is',
+  'the {} at the top left',
+  'where is the {}',
+  '{} object',
+  'describe the {}',
+)
 
 
 def any_label(rng: np.random.Generator) -> str:
@@ -344,7 +386,7 @@ def any_label(rng: np.random.Generator) -> str:
   elif name in SHAPES:
     detail = str(rng.choice(TEXTURES))
   colour = str(rng.choice(tuple(COLOURS)))
-  return _label(Object(colour, name, detail, 'large', 0), rng)
+  return label_of(Object(colour, name, detail, 'large', 0), rng)
 
 
 def category(label: str) -> str:

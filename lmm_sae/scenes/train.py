@@ -3,13 +3,15 @@
     python -m lmm_sae.scenes.train --size=small --out=DIR
 
 Stage A teaches the ViT what each patch shows; stage B trains everything end to
-end on packed questions, the dense loss kept at .15. Seeded; killed at any
-moment it goes on from its last checkpoint, with the batches it would have seen.
+end on packed questions, the dense loss kept at .15. That is `small`. `base`
+starts as a small, is grown to twice its size without a change of what it
+computes, and trains on (stage C); `--parent=DIR/checkpoint.pt` of a finished
+small spares it the first two stages. Seeded; killed at any moment, a run goes
+on from its last checkpoint, with the batches it would have seen.
 `python -m lmm_sae.scenes.clip` then makes the CLIP judge on the base's trunk.
 """
 
 import argparse
-import dataclasses
 import json
 import os
 import pathlib
@@ -33,47 +35,37 @@ MALLOC = {
   'MALLOC_TOP_PAD_': '500000000',
 }
 DENSE = 0.15  # weight of the patch loss in stage B
-VISION = 0.4  # the ViT's share of the learning rate in stage B
+VISION = 0.4  # the ViT's share of the learning rate after stage A
 
 
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-  """Steps of stage A and B, and peak rates (Muon, AdamW)."""
-
-  patch_steps: int
-  steps: int
-  muon: float
-  adam: float
-
-
-RECIPES = {
-  'small': Recipe(800, 2600, 5e-3, 1.5e-3),
-  'base': Recipe(800, 3200, 5e-3, 1.5e-3),
-}
+STEPS = {'a': 800, 'b': 2200, 'c': 700}
+RATES = {'a': (5e-3, 1.5e-3), 'b': (5e-3, 1.5e-3), 'c': (3e-3, 1e-3)}
+STAGES = {'small': 'ab', 'base': 'abc'}
 
 
 def positions(side: int, width: int) -> Tensor:
   """Sine-cosine positions of a side x side grid, [1 + side^2, width]."""
   omega = 1 / 100 ** (torch.arange(width // 4) / (width / 4))
   grid = torch.arange(side).float()
-  wave = torch.cat([(grid[:, None] * omega).sin(), (grid[:, None] * omega).cos()], 1)
+  wave = torch.cat(
+    [(grid[:, None] * omega).sin(), (grid[:, None] * omega).cos()], 1
+  )
   rows = wave[:, None].expand(side, side, -1)
   columns = wave[None].expand(side, side, -1)
   flat = torch.cat([rows, columns], 2).reshape(side * side, -1)
-  return torch.cat([torch.zeros(1, width), F.pad(flat, (0, width - flat.shape[1]))])
+  return torch.cat(
+    [torch.zeros(1, width), F.pad(flat, (0, width - flat.shape[1]))]
+  )
 
 
 class Trainee:
   """The model, its dense heads, its optimiser and how far it has come."""
 
-  def __init__(self, size: str, seed: int):
+  def __init__(self, seed: int):
     torch.manual_seed(seed)
     self.seed = seed
-    self.size = size
-    self.recipe = RECIPES[size]
-    self.model = model.make_model(size)
-    self.tower = self.model.model.vision_tower
-    width = model.SIZES[size].vision_width
+    self.model = model.make_model('small')
+    width = model.SIZES['small'].vision_width
     total = sum(len(classes) for classes in batches.HEADS.values())
     self.heads = torch.nn.Linear(width, total)
     self.norm = torch.nn.LayerNorm(width)
@@ -82,6 +74,14 @@ class Trainee:
       table.copy_(0.3 * positions(batches.CELLS, width))
     self.stage, self.step = 'a', 0
     self._optimise()
+
+  @property
+  def tower(self):
+    return self.model.model.vision_tower
+
+  @property
+  def steps(self) -> int:
+    return STEPS[self.stage]
 
   def named(self) -> dict[str, Tensor]:
     params = dict(self.model.named_parameters())
@@ -92,18 +92,17 @@ class Trainee:
     return params
 
   def _optimise(self) -> None:
-    slow = VISION if self.stage == 'b' else 1.0
+    slow = 1.0 if self.stage == 'a' else VISION
     self.optimiser = Muon(
       self.named(), lambda name: slow if 'vision' in name else 1.0
     )
 
-  @property
-  def steps(self) -> int:
-    return {'a': self.recipe.patch_steps, 'b': self.recipe.steps}[self.stage]
-
   def advance(self) -> None:
-    """From stage A to stage B: the optimiser starts anew."""
-    self.stage, self.step = 'b', 0
+    """To the next stage: the optimiser starts anew, and C starts grown."""
+    self.stage, self.step = chr(ord(self.stage) + 1), 0
+    if self.stage == 'c':
+      torch.manual_seed(self.seed)
+      self.model = model.grow(self.model)
     self._optimise()
 
   def save(self, path: pathlib.Path) -> None:
@@ -126,6 +125,8 @@ class Trainee:
         'another --out'
       )
     self.stage, self.step = state['stage'], state['step']
+    if self.stage == 'c':
+      self.model = model.make_model('base')
     with torch.no_grad():
       for name, p in self.named().items():
         p.copy_(state['params'][name])
@@ -206,18 +207,18 @@ def make_batch(t: Trainee) -> tuple[str, Batch]:
   rng = np.random.default_rng(words)
   if t.stage == 'a':
     return 'patches', batches.patches(rng, 10)
-  progress = t.step / t.steps
   if t.step % 12 == 5:
     return 'text', batches.text(rng, 36)
+  progress = t.step / t.steps if t.stage == 'b' else 1.0
   draw = rng.random()
-  if progress > 0.2 and draw < 0.2:
+  if progress > 0.2 and draw < (0.2 if t.stage == 'b' else 0.35):
     images = int(rng.choice((2, 3, 4, 5), p=(0.1, 0.1, 0.2, 0.6)))
     return 'common', batches.common(rng, 20 // images, images)
   tiles = 0 if progress < 0.3 else 1
   if progress > 0.45 and rng.random() < 0.55:
     tiles = 4
   items = 8 if tiles == 4 else 10
-  if draw < 0.36:
+  if draw < (0.36 if t.stage == 'b' else 0.5):
     return f'masked {tiles}', batches.masked(rng, items, tiles)
   describe = bool(rng.random() < 0.6)
   return f'single {tiles}', batches.single(rng, items, tiles, 10, describe)
@@ -251,22 +252,38 @@ def train_step(t: Trainee) -> dict[str, float]:
       mine = torch.tensor([x == type_ for x in types])
       measured[f'{name.split()[0]} {type_}'] = float(right[mine].float().mean())
   loss.backward()
-  t.optimiser.step(t.recipe.muon * rate(t), t.recipe.adam * rate(t))
+  t.optimiser.step(*(peak * rate(t) for peak in RATES[t.stage]))
   t.step += 1
   return measured
 
 
-def run(size: str, out: pathlib.Path, seed: int, save_every_s: float) -> None:
+def run(
+  size: str,
+  out: pathlib.Path,
+  seed: int,
+  save_every_s: float,
+  parent: pathlib.Path | None = None,
+) -> None:
+  """Trains to the end of the size's last stage and writes OUT/model.
+
+  Raises:
+    ValueError: the parent or the checkpoint is of another seed or unfinished.
+  """
   out.mkdir(parents=True, exist_ok=True)
   checkpoint = out / 'checkpoint.pt'
-  t = Trainee(size, seed)
+  t = Trainee(seed)
   if checkpoint.exists():
     t.load(checkpoint)
     logging.info('resumed at stage %s, step %d', t.stage, t.step)
+  elif parent:
+    t.load(parent)
+    if (t.stage, t.step) != ('b', STEPS['b']):
+      raise ValueError(f'{parent} is not the checkpoint of a finished small')
+  final = STAGES[size][-1]
   saved = logged = time.monotonic()
   begun, first = time.monotonic(), t.step
   mean: dict[str, list[float]] = {}
-  while not (t.stage == 'b' and t.step == t.steps):
+  while not (t.stage == final and t.step == t.steps):
     if t.step == t.steps:
       t.advance()
       begun, first = time.monotonic(), 0
@@ -297,6 +314,7 @@ def main() -> None:
   )
   parser.add_argument('--size', choices=tuple(model.SIZES), required=True)
   parser.add_argument('--out', type=pathlib.Path, required=True)
+  parser.add_argument('--parent', type=pathlib.Path)
   parser.add_argument('--seed', type=int, default=0)
   parser.add_argument('--threads', type=int, default=os.cpu_count())
   parser.add_argument('--save_every_s', type=float, default=60.0)
@@ -306,7 +324,7 @@ def main() -> None:
     os.execve(sys.executable, argv, {**os.environ, **MALLOC})
   logging.set_verbosity(logging.INFO)
   torch.set_num_threads(args.threads)
-  run(args.size, args.out, args.seed, args.save_every_s)
+  run(args.size, args.out, args.seed, args.save_every_s, args.parent)
 
 
 if __name__ == '__main__':
