@@ -11,6 +11,7 @@ import base64
 import dataclasses
 import hashlib
 import json
+import logging as std_logging
 import os
 import pathlib
 import socket
@@ -26,8 +27,13 @@ from PIL import Image
 from lmm_sae.core import records, wire
 
 LONGEST_PAUSE_S = 30.0
+REFUSALS = 8  # requests refused at the start, and none answered, end the run
 LOCKS = 1024  # requests of one lock wait for one another: far more than threads
 SAVE_EVERY_S = 2.0  # between two writes of the token counts
+
+
+for _name in ('httpx', 'httpx2', 'openai'):  # a line a request is too much
+  std_logging.getLogger(_name).setLevel(std_logging.WARNING)
 
 
 class ChatError(RuntimeError):
@@ -98,6 +104,8 @@ class ChatClient:
     self._retries = retries
     self._backoff_s = backoff_s
     self._counts = _Counts(usage, model)
+    self._answered = False
+    self._refusals = 0
     self._locks = [threading.Lock() for _ in range(LOCKS)]
 
   def __enter__(self) -> 'ChatClient':
@@ -151,23 +159,25 @@ class ChatClient:
       place = (turn + attempt) % len(self._clients)
       gone.discard(place)
       try:
-        return _read(self._clients[place].chat.completions.create(**request))
+        found = _read(self._clients[place].chat.completions.create(**request))
+        self._answered = True
+        return found
       except (
         openai.AuthenticationError,
         openai.NotFoundError,
         openai.PermissionDeniedError,
       ) as error:
-        raise ValueError(
-          f'{self._urls[place]} refuses model {self.model!r}: check '
-          f'explain.model and explain.api_key ({_brief(error)})'
-        ) from error
+        raise ValueError(self._refused(place, error)) from error
       except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
+        self._refusals += 1
+        if not self._answered and self._refusals >= REFUSALS:
+          raise ValueError(self._refused(place, error)) from error
         raise ChatError(f'the server refuses: {_brief(error)}') from error
       except openai.APITimeoutError as error:
         why = _brief(error)
       except openai.APIConnectionError as error:
         why = _brief(error)
-        if _refused(error):
+        if _nobody_listens(error):
           gone.add(place)
       except (openai.OpenAIError, json.JSONDecodeError, ChatError) as error:
         why = _brief(error)
@@ -178,6 +188,12 @@ class ChatClient:
         f'its URL as explain.base_url ({why}); answers had so far are kept'
       )
     raise ChatError(f'{self._retries + 1} attempts failed, at last: {why}')
+
+  def _refused(self, place: int, error: openai.APIStatusError) -> str:
+    return (
+      f'{self._urls[place]} refuses model {self.model!r}: check explain.model, '
+      f'explain.api_key and explain.exemplars ({_brief(error)})'
+    )
 
   def _cached(self, key: str) -> Answer | None:
     if self._cache is None:
@@ -256,8 +272,8 @@ def _read(completion: Any) -> tuple[Answer, dict[str, int]]:
   return Answer(content.strip(), choices[0].finish_reason == 'length'), tokens
 
 
-def _refused(error: BaseException | None) -> bool:
-  """Whether nobody listens, as against a server that broke off."""
+def _nobody_listens(error: BaseException | None) -> bool:
+  """As against a server that broke off."""
   while error is not None:
     if isinstance(error, ConnectionRefusedError | socket.gaierror):
       return True
@@ -272,4 +288,7 @@ def _is_remote(url: str) -> bool:
 
 
 def _brief(error: Exception) -> str:
-  return f'{type(error).__name__}: {str(error)[:200]}'
+  said = f'{type(error).__name__}: {error}'
+  if isinstance(error, openai.APIStatusError):
+    said += f' {error.response.text}'
+  return said[:300]

@@ -29,6 +29,7 @@ from lmm_sae.core.workdir import Workdir
 FILE = 'explanations.jsonl'
 CATEGORIES = ('scene', 'object', 'part', 'material', 'texture', 'colour')
 AHEAD = 4  # latents begun a thread before the first of them must be done
+WARNINGS = 5  # failures told one by one; all are counted
 IMAGES = 256  # small images kept in memory
 
 T = TypeVar('T')
@@ -100,20 +101,25 @@ def explain(explainer: 'Explainer', path: pathlib.Path) -> None:
   a file does not tell whether its run was broken off.
   """
   _drop(path, explainer.name, explainer.layer, outcome='failed')
-  with records.Appender(path) as file:
-    done = {
-      line['latent']
-      for line in file.existing
-      if (line['layer'], line['explainer']) == (explainer.layer, explainer.name)
-    }
-    todo = [m for m in explainer.chosen() if m not in done]
-    fates: collections.Counter[str] = collections.Counter()
-    answers = _in_order(explainer.explain, todo, explainer.opts.concurrency)
-    for explanation in progress.track(
-      answers, len(todo), f'explain {explainer.layer}: latents'
-    ):
-      file.add(explanation)
-      fates[explanation.outcome] += 1
+  fates: collections.Counter[str] = collections.Counter()
+  try:
+    with records.Appender(path) as file:
+      done = {
+        line['latent']
+        for line in file.existing
+        if (line['layer'], line['explainer'])
+        == (explainer.layer, explainer.name)
+      }
+      todo = [m for m in explainer.chosen() if m not in done]
+      answers = _in_order(explainer.explain, todo, explainer.opts.concurrency)
+      for explanation in progress.track(
+        answers, len(todo), f'explain {explainer.layer}: latents'
+      ):
+        file.add(explanation)
+        fates[explanation.outcome] += 1
+  except ValueError:  # no such model: its failures are no explainer's
+    _drop(path, explainer.name, explainer.layer, outcome='failed')
+    raise
   _sort(path)
   logging.info(
     'explain: layer %d by %s: %s, %d were done before',
@@ -208,7 +214,9 @@ class Explainer:
         raise ChatError('the refiner gave no label')
       kind = self._chat.ask(prompts.fill('category', label=label)).text
     except ChatError as error:
-      logging.warning('explain: latent %d: %s', latent, error)
+      logging.log_first_n(
+        logging.WARNING, 'explain: latent %d: %s', WARNINGS, latent, error
+      )
       return made(outcome='failed', **nothing)
     return made(
       outcome=outcome, text=text, label=label, category=category(kind)

@@ -100,6 +100,16 @@ def test_an_unknown_model_and_a_wrong_key_stop_the_run(server, tmp_path):
       chat.ask('one')
 
 
+def test_a_server_that_refuses_everything_stops_the_run(server, tmp_path):
+  server.faults = ['400'] * 30
+  with client(server, tmp_path) as chat:
+    for i in range(7):
+      with pytest.raises(ChatError, match='as asked'):
+        chat.ask(str(i))
+    with pytest.raises(ValueError, match=r'explain\.model'):
+      chat.ask('7')
+
+
 def test_nobody_listening_stops_the_run(tmp_path):
   with FakeChat(str) as gone:
     url = gone.url

@@ -174,6 +174,14 @@ def test_a_server_that_goes_away_ends_the_stage_and_loses_nothing(
     assert len(explanations(workdir)) == toy.M
 
 
+def test_a_model_that_is_not_there_leaves_no_line(config, workdir, server):
+  server.faults = ['500', '404']
+  config.explain.concurrency = 1
+  with pytest.raises(ValueError, match=r'explain\.model'):
+    stage.run(config, workdir)
+  assert not explanations(workdir)
+
+
 KILLED = """
   import os, signal
   from experiments import base
