@@ -66,6 +66,7 @@ def encode(
   Raises:
     ValueError: shapes do not agree, or k is not in 1..M.
   """
+  x_ND, w_MD, b_M = map(jnp.asarray, (x_ND, w_MD, b_M))
   latents, width = w_MD.shape
   _agree('x_ND', x_ND, (x_ND.shape[0], width))
   _agree('b_M', b_M, (latents,))
@@ -83,6 +84,7 @@ def spmm(
   backend: str = 'auto',
 ) -> jax.Array:
   """y[n] = Σ_k v[n, k] · w[i[n, k]], float32 [N, D]."""
+  v_NK, i_NK, w_MD = map(jnp.asarray, (v_NK, i_NK, w_MD))
   _agree('v_NK', v_NK, i_NK.shape)
   return _spmm(v_NK, i_NK, w_MD, backend_name(backend))
 
@@ -96,6 +98,7 @@ def sddmm(
   backend: str = 'auto',
 ) -> jax.Array:
   """v[n, k] = ⟨x[n], w[i[n, k]]⟩, float32 [N, K]."""
+  x_ND, i_NK, w_MD = map(jnp.asarray, (x_ND, i_NK, w_MD))
   _agree('x_ND', x_ND, (i_NK.shape[0], w_MD.shape[1]))
   return _sddmm(x_ND, i_NK, w_MD, backend_name(backend))
 
@@ -110,6 +113,7 @@ def spmm_t(
   backend: str = 'auto',
 ) -> jax.Array:
   """w[m] = Σ over i[n, k] = m of v[n, k] · x[n], float32 [M, D]."""
+  v_NK, i_NK, x_ND = map(jnp.asarray, (v_NK, i_NK, x_ND))
   _agree('v_NK', v_NK, i_NK.shape)
   _agree('x_ND', x_ND, (i_NK.shape[0], x_ND.shape[1]))
   return _spmm_t(v_NK, i_NK, x_ND, latents, backend_name(backend))

@@ -12,6 +12,7 @@ program and those of others, into a `Sae` that takes and gives numpy.
 import dataclasses
 import functools
 import json
+import logging
 import os
 import pathlib
 import shutil
@@ -20,11 +21,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging as absl_logging
 from orbax.checkpoint import v1 as ocp
 from safetensors.numpy import load_file, save_file
 
 from lmm_sae.core import records
-from lmm_sae.sae import model
+from lmm_sae.sae import model, trainer
 from lmm_sae.sae.model import Params, SaeConfig, SparseCode
 from lmm_sae.sae.trainer import TrainState
 
@@ -33,7 +35,16 @@ SAELENS_VERSION = '6.54.12'  # whose layout `saelens` is
 
 _SPARSIFY = 'sae.safetensors'
 _SAELENS = 'sae_weights.safetensors'
-_ROWS = 4096  # encoded at a time: [N, K] of 131,072 latents fit any machine
+_ROWS = 4096  # encoded at a time
+
+
+def _heard(record: logging.LogRecord) -> bool:
+  """Whether a log line is for people: orbax writes 20 a checkpoint."""
+  noisy = '/orbax/' in record.pathname or '/jax/' in record.pathname
+  return record.levelno >= logging.WARNING or not noisy
+
+
+absl_logging.get_absl_logger().addFilter(_heard)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,16 +66,21 @@ class Checkpoints:
   """The checkpoints under sae/<layer>/, a context manager.
 
   A save is whole or absent: orbax writes into a temporary folder and renames
-  it, and what a killed save left behind is removed when a run opens this.
+  it. Only one process at a time may open them with `keep`.
+
+  Args:
+    path: sae/<layer>.
+    keep: checkpoints that stay; then what a killed save left behind is removed
+      too. None to read alone.
   """
 
-  def __init__(self, path: str | os.PathLike, keep: int = 1):
+  def __init__(self, path: str | os.PathLike, keep: int | None = None):
     policies = ocp.training.preservation_policies
     self.path = pathlib.Path(path)
     self._checkpointer = ocp.training.Checkpointer(
       self.path,
-      preservation_policy=policies.LatestN(keep),
-      cleanup_tmp_directories=True,
+      preservation_policy=None if keep is None else policies.LatestN(keep),
+      cleanup_tmp_directories=keep is not None,
     )
 
   def __enter__(self) -> 'Checkpoints':
@@ -103,14 +119,21 @@ class Checkpoints:
       },
     )
 
-  def restore(self, step: int, like: TrainState) -> TrainState:
-    """The state of that step, with the shapes and shardings of `like`."""
+  def restore(
+    self,
+    config: SaeConfig,
+    step: int,
+    sharding: jax.sharding.Sharding | None = None,
+  ) -> TrainState:
+    """The state of that step, laid out as `sharding` says."""
+    if sharding is None:
+      sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+    def leaf(x):
+      return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
     return self._checkpointer.load(
-      step,
-      jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
-        like,
-      ),
+      step, jax.tree.map(leaf, trainer.shapes(config))
     )
 
 
@@ -195,6 +218,12 @@ class Sae:
     return x_ND
 
 
+def exported(config: SaeConfig, state: TrainState) -> Sae:
+  """The SAE of a training state, for rows as the store holds them."""
+  params = trainer.export_params(state)
+  return Sae(config, **dataclasses.asdict(params))
+
+
 @functools.partial(jax.jit, static_argnames='k')
 def _encode(params, x_ND, *, k):
   return model.encode(params, x_ND, k=k)
@@ -250,6 +279,8 @@ def export(sae: Sae, path: str | os.PathLike, *, step: int = 0) -> None:
     'rescale_acts_by_decoder_norm': False,
     'normalize_activations': 'none',
     'reshape_activations': 'none',
+    'format_version': FORMAT_VERSION,
+    'layer': config.layer,
     'metadata': {
       'sae_lens_version': SAELENS_VERSION,
       'hf_hook_name': f'model.layers.{config.layer}',

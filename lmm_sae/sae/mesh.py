@@ -36,6 +36,6 @@ def make(devices: int = 1) -> Mesh:
   )
 
 
-def put(mesh: Mesh, value, spec: PartitionSpec):
-  """The arrays of a pytree, laid out on the mesh."""
-  return jax.device_put(value, NamedSharding(mesh, spec))
+def sharding(mesh: Mesh, spec: PartitionSpec) -> NamedSharding:
+  """How arrays of that spec lie on the mesh."""
+  return NamedSharding(mesh, spec)

@@ -6,6 +6,7 @@ state, metrics = step(state, batch_ND)        # the old state is given away
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import flax.struct
@@ -136,6 +137,13 @@ def start(
   )
 
 
+def shapes(config: SaeConfig) -> TrainState:
+  """The state's shapes and dtypes, without its values."""
+  row = jax.ShapeDtypeStruct((1, config.width), jnp.float32)
+  begin = functools.partial(start, config, seed=0, normalise=True)
+  return jax.eval_shape(begin, row)
+
+
 def export_params(state: TrainState) -> Params:
   """The parameters for rows as the store holds them, in numpy."""
   params = model.rescale(model.normalise(state.params), 1 / state.scale)
@@ -198,7 +206,8 @@ def make_step(
     fired_M = whole(count_fired(code, config.latents)) > 0
 
     grads = model.project(grads, state.params)
-    norm = optax.global_norm(grads)
+    squares = [jnp.sum(grad**2) for grad in jax.tree.leaves(grads)]
+    norm = jnp.sqrt(sum(squares))
     shrink = jnp.minimum(1.0, options.clip / jnp.maximum(norm, 1e-30))
     grads = jax.tree.map(lambda grad: grad * shrink, grads)
     updates, opt_state = adam().update(grads, state.opt_state)

@@ -86,8 +86,7 @@ class Run:
       metrics.cut(self.log, self.config.layer, done or 0)
       if not done or done < self.options.steps:
         state = self.steps(state, batches, checkpoints, settings, done or 0)
-    params = trainer.export_params(state)
-    sae = checkpoint.Sae(self.config, **dataclasses.asdict(params))
+    sae = checkpoint.exported(self.config, state)
     checkpoint.export(sae, self.export, step=self.options.steps)
     logging.info('wrote %s', self.export)
 
@@ -113,13 +112,7 @@ class Run:
       pool_blocks=self.options.pool_blocks,
       seed=self.seed,
     )
-    state = trainer.start(
-      self.config,
-      rows.sample(START_ROWS, self.seed),
-      self.seed,
-      normalise=self.options.normalise,
-    )
-    state = mesh_lib.put(self.mesh, state, mesh_lib.WHOLE)
+    whole = mesh_lib.sharding(self.mesh, mesh_lib.WHOLE)
     if note is None:
       logging.info(
         'layer %d: %d rows in %d blocks, %.2f epochs',
@@ -128,10 +121,16 @@ class Run:
         rows.blocks,
         self.options.steps * self.options.rows / rows.count,
       )
-      return state, batches
+      state = trainer.start(
+        self.config,
+        rows.sample(START_ROWS, self.seed),
+        self.seed,
+        normalise=self.options.normalise,
+      )
+      return jax.device_put(state, whole), batches
     logging.info('layer %d: on from step %d', self.config.layer, note.step)
     batches.set_state(note.data)
-    return checkpoints.restore(note.step, state), batches
+    return checkpoints.restore(self.config, note.step, whole), batches
 
   def steps(
     self,
@@ -163,7 +162,7 @@ class Run:
     return state
 
   def put(self, batch_ND) -> jax.Array:
-    return mesh_lib.put(self.mesh, batch_ND, mesh_lib.ROWS)
+    return jax.device_put(batch_ND, mesh_lib.sharding(self.mesh, mesh_lib.ROWS))
 
 
 class StepLog:

@@ -1,0 +1,250 @@
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lmm_sae.sae import mesh as mesh_lib
+from lmm_sae.sae import model, trainer
+from tests.sae import small
+from tests.sae.small import CONFIG, TRAIN, D, K, M
+
+N = 16
+
+
+@functools.cache
+def compiled(config, options, devices):
+  """A step is compiled once for all tests that use it."""
+  return trainer.make_step(config, options, mesh_lib.make(devices))
+
+
+def begin(options=TRAIN, config=CONFIG, devices=1, **changes):
+  """(state, step), with fields of the state changed."""
+  whole = mesh_lib.sharding(mesh_lib.make(devices), mesh_lib.WHOLE)
+  state = trainer.start(
+    config, small.rows(200), 0, normalise=options.normalise
+  ).replace(**changes)
+  return jax.device_put(state, whole), compiled(config, options, devices)
+
+
+def numpy_tree(tree):
+  return jax.tree.map(lambda a: np.asarray(a, np.float64), tree)
+
+
+def numpy_step(state, x_ND, options):
+  """The parameters after one step from zero moments, in plain float64."""
+  p = numpy_tree(state.params)
+  x = np.asarray(x_ND, np.float64) * float(state.scale)
+  dead_M = np.asarray(state.idle_M) > CONFIG.dead_after
+  variance = np.square(x - x.mean(0)).sum()
+  z_all = np.maximum((x - p.b_dec_D) @ p.w_enc_MD.T + p.b_enc_M, 0)
+
+  def top(z, k):
+    z = z.copy()
+    np.put_along_axis(z, np.argsort(-z, 1, kind='stable')[:, k:], 0, 1)
+    return z
+
+  w_enc, b_enc = np.zeros((M, D)), np.zeros(M)
+  w_dec, b_dec = np.zeros((M, D)), np.zeros(D)
+  z = top(z_all, K)
+  error = x - z @ p.w_dec_MD - p.b_dec_D
+  terms = [(z, -2 * error / variance, True)]
+  z_aux = top(np.where(dead_M, z_all, 0), CONFIG.k_aux)
+  slip = error - z_aux @ p.w_dec_MD
+  terms.append((z_aux, -2 * options.auxk * slip / variance, False))
+  for z, dy, main in terms:
+    dz = np.where(z > 0, dy @ p.w_dec_MD.T, 0)
+    w_dec += z.T @ dy
+    w_enc += dz.T @ (x - p.b_dec_D)
+    b_enc += dz.sum(0)
+    if main:
+      b_dec += dy.sum(0) - dz.sum(0) @ p.w_enc_MD
+  w_dec -= (w_dec * p.w_dec_MD).sum(1, keepdims=True) * p.w_dec_MD
+  grads = model.Params(w_enc, b_enc, w_dec, b_dec)
+  norm = np.sqrt(sum(np.square(g).sum() for g in jax.tree.leaves(grads)))
+  shrink = min(1, options.clip / norm)
+  lr = options.lr / options.warmup
+
+  def adam(p, g):
+    g = g * shrink
+    return p - lr * g / (np.abs(g) + 1e-8)
+
+  p = jax.tree.map(adam, p, grads)
+  unit = p.w_dec_MD / np.linalg.norm(p.w_dec_MD, axis=1, keepdims=True)
+  return p.replace(w_dec_MD=unit), norm
+
+
+@pytest.mark.parametrize('clip', [1e-3, 1e3])
+@pytest.mark.parametrize('dead', [0, 2, 5])
+def test_one_step_equals_a_float64_oracle(dead, clip):
+  options = dataclasses.replace(TRAIN, clip=clip, auxk=0.5)
+  idle_M = np.where(np.arange(M) < dead, 10_000, 0).astype(np.int32)
+  state, step = begin(options, idle_M=idle_M)
+  x_ND = small.rows(N, seed=3)
+  want, norm = numpy_step(state, x_ND, options)
+  state, metrics = step(state, jnp.asarray(x_ND))
+  np.testing.assert_allclose(metrics['grad_norm'], norm, rtol=1e-4)
+  # Adam's first step is ± lr where |g| is far above its eps of 1e-8, so the
+  # tolerance is a hundredth of lr = 2.5e-3.
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, atol=2.5e-5),
+    state.params,
+    want,
+  )
+  np.testing.assert_allclose(metrics['dead'], dead / M, rtol=1e-6)
+
+
+def test_eight_devices_equal_one():
+  options = dataclasses.replace(TRAIN, auxk=0.5, multi_topk=0.1)
+  idle_M = np.where(np.arange(M) < 2, 10_000, 0).astype(np.int32)
+  results = []
+  for devices in (1, 8):
+    state, step = begin(options, devices=devices, idle_M=idle_M)
+    for seed in range(3):
+      state, metrics = step(state, small.rows(N, seed))
+    results.append((jax.device_get(state), jax.device_get(metrics)))
+  (one, one_metrics), (eight, eight_metrics) = results
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+    (one.params, one_metrics),
+    (eight.params, eight_metrics),
+  )
+  np.testing.assert_array_equal(one.idle_M, eight.idle_M)
+
+
+def test_training_lowers_the_fvu_and_keeps_decoder_rows_at_unit_norm():
+  options = dataclasses.replace(TRAIN, auxk=0.5, steps=150)
+  state, step = begin(options)
+  fvu = []
+  for seed in range(150):
+    state, metrics = step(state, small.rows(N, seed))
+    fvu.append(float(metrics['fvu']))
+  assert np.mean(fvu[-10:]) < 0.5 * np.mean(fvu[:10])
+  np.testing.assert_allclose(
+    np.linalg.norm(state.params.w_dec_MD, axis=1), 1, rtol=1e-6
+  )
+
+
+def test_auxk_wakes_planted_dead_latents():
+  def fired(auxk):
+    options = dataclasses.replace(TRAIN, steps=120, auxk=auxk)
+    state, step = begin(options)
+    # The first four answer so weakly that they are never among the k.
+    planted_M = np.arange(M) < 4
+    params = state.params.replace(
+      w_enc_MD=jnp.where(planted_M[:, None], 1e-3, 1) * state.params.w_enc_MD,
+      b_enc_M=jnp.where(planted_M, 1e-3, 1.0),
+    )
+    idle_M = jnp.where(planted_M, 10_000, 0).astype(jnp.int32)
+    state = state.replace(params=params, idle_M=idle_M)
+    for seed in range(120):
+      state, _ = step(state, small.rows(N, seed))
+    return int(np.sum(np.asarray(state.idle_M)[:4] < 500))
+
+  assert fired(auxk=1.0) >= 3
+  assert fired(auxk=0.0) == 0
+
+
+def test_idle_counts_rows_and_stops_before_it_overflows():
+  state, step = begin(idle_M=np.full(M, trainer.NEVER, np.int32))
+  x_ND = np.tile(small.rows(2), (N // 2, 1))
+  code = model.encode(state.params, x_ND * state.scale, k=K)
+  fired = set(np.asarray(code.idx_NK)[np.asarray(code.vals_NK) > 0].tolist())
+  assert 0 < len(fired) < M
+  state, _ = step(state, x_ND)
+  for latent, idle in enumerate(np.asarray(state.idle_M)):
+    assert idle == (0 if latent in fired else trainer.NEVER)
+  state, _ = step(begin()[0], x_ND)
+  assert set(np.asarray(state.idle_M).tolist()) == {0, N}
+
+
+def test_the_learning_rate_warms_up_stays_and_falls_to_nothing():
+  options = dataclasses.replace(
+    TRAIN, steps=100, warmup=10, decay_from=0.6, lr=2.0
+  )
+  lr = [
+    float(trainer.learning_rate(jnp.asarray(at), options=options, latents=M))
+    for at in range(101)
+  ]
+  np.testing.assert_allclose(lr[:10], 0.2 * np.arange(1, 11), rtol=1e-6)
+  np.testing.assert_allclose(lr[10:61], 2.0, rtol=1e-6)
+  np.testing.assert_allclose(lr[80], 1.0, rtol=1e-6)
+  np.testing.assert_allclose(lr[99], 0.05, rtol=1e-5)
+  assert lr[100] == 0
+
+
+def test_a_learning_rate_of_zero_means_the_papers_rule():
+  options = dataclasses.replace(TRAIN, lr=0.0)
+  assert options.peak_lr(2**14) == pytest.approx(2e-4)
+  assert options.peak_lr(2**17) == pytest.approx(7.07e-5, rel=1e-3)
+
+
+def test_exports_are_in_the_units_of_the_store():
+  state, step = begin()
+  for seed in range(5):
+    state, _ = step(state, small.rows(N, seed))
+  assert abs(float(state.scale) - 1) > 0.1
+  params = trainer.export_params(state)
+  x_ND = jnp.asarray(small.rows(N, 9))
+  raw = model.decode(params, model.encode(params, x_ND, k=K))
+  scaled_ND = x_ND * state.scale
+  inner = model.decode(state.params, model.encode(state.params, scaled_ND, k=K))
+  np.testing.assert_allclose(raw, inner / state.scale, rtol=1e-4, atol=1e-5)
+
+
+def test_normalised_training_does_not_depend_on_the_unit_of_the_rows():
+  fvu = []
+  for unit in (1.0, 64.0):
+    state = trainer.start(CONFIG, unit * small.rows(200), 0, normalise=True)
+    step = compiled(CONFIG, TRAIN, 1)
+    for seed in range(5):
+      state, metrics = step(state, unit * small.rows(N, seed))
+    fvu.append(float(metrics['fvu']))
+  np.testing.assert_allclose(fvu[0], fvu[1], rtol=1e-4)
+
+
+def test_shapes_are_those_of_a_start():
+  state = trainer.start(CONFIG, small.rows(50), 0, normalise=True)
+  like = trainer.shapes(CONFIG)
+  assert jax.tree.structure(state) == jax.tree.structure(like)
+  for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(like), strict=True):
+    assert (a.shape, a.dtype) == (b.shape, b.dtype)
+
+
+def test_rows_that_devices_cannot_share_are_refused():
+  options = dataclasses.replace(TRAIN, rows=12)
+  with pytest.raises(ValueError, match=r'train\.rows is 12.*multiple of 8'):
+    trainer.make_step(CONFIG, options, mesh_lib.make(8))
+
+
+def test_more_devices_than_there_are_is_refused():
+  with pytest.raises(ValueError, match=r'train\.devices is 9'):
+    mesh_lib.make(9)
+
+
+def test_no_device_count_means_all():
+  assert mesh_lib.make(0).shape == {'data': 8, 'latent': 1}
+
+
+@pytest.mark.parametrize(
+  ('field', 'value'),
+  [
+    ('steps', 0),
+    ('rows', 0),
+    ('lr', -1.0),
+    ('clip', 0.0),
+    ('decay_from', 1.5),
+    ('backend', 'abacus'),
+    ('kinds', ()),
+  ],
+)
+def test_a_train_config_out_of_bounds_is_refused(field, value):
+  with pytest.raises(ValueError, match=rf'train\.{field}'):
+    dataclasses.replace(TRAIN, **{field: value})
+
+
+def test_an_unknown_kind_is_refused():
+  with pytest.raises(ValueError, match="token kind 'word'"):
+    dataclasses.replace(TRAIN, kinds=('base', 'word'))
