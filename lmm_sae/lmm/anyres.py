@@ -22,7 +22,7 @@ def image_tokens(
   height: int,
   view: int,
   patch: int,
-  pinpoints: Sequence[Sequence[int]],
+  pinpoints: Sequence[tuple[int, int]],
 ) -> TokenMap:
   """The tokens of one image, in the model's order: base, then tiles by row.
 
@@ -32,17 +32,10 @@ def image_tokens(
     pinpoints: allowed (height, width) of the tiled canvas.
 
   Returns:
-    A TokenMap whose token_T is 0 and whose image_T is 0.
-
-  Raises:
-    ValueError: the image is too thin for any canvas.
+    A TokenMap whose token_T is 0 and whose image_T is 0. Of an image thinner
+    than a patch of its canvas no tile may be left, only newlines.
   """
-  best = select_best_resolution((height, width), [tuple(p) for p in pinpoints])
-  if best is None:
-    raise ValueError(
-      f'an image of {width} x {height} pixels is too thin for AnyRes'
-    )
-  tall, wide = best
+  tall, wide = select_best_resolution((height, width), pinpoints)
   side = view // patch
   starts = np.arange(side) * patch
   base_x = _edges(starts, patch, 0, width / view, width)

@@ -18,6 +18,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+import safetensors
 import torch
 import transformers
 from PIL import Image
@@ -30,6 +31,17 @@ from lmm_sae.lmm import prompt as prompts
 from lmm_sae.lmm.prompt import Prompt, Turns
 
 Images = Sequence[Sequence[Image.Image]]  # of each text, in order
+
+
+# What transformers raises for folders that lack a file or hold a broken one.
+_LOAD_ERRORS = (
+  OSError,
+  RuntimeError,
+  KeyError,
+  TypeError,
+  ValueError,
+  safetensors.SafetensorError,
+)
 
 
 class _EnoughError(Exception):
@@ -113,7 +125,7 @@ class Subject:
           output_loading_info=True,
         )
       )
-    except (OSError, RuntimeError, KeyError, TypeError) as error:
+    except _LOAD_ERRORS as error:
       raise ValueError(f'{folder} cannot be loaded: {error}') from error
     if info['missing_keys']:
       raise ValueError(
@@ -183,7 +195,7 @@ class Subject:
       text: a `Prompt` knows its turns; a plain string is one question.
 
     Raises:
-      ValueError: images and placeholders do not fit, or an image is too thin.
+      ValueError: images and placeholders do not fit.
     """
     bos = self.tokenizer.bos_token
     encoded = self.tokenizer(
@@ -270,7 +282,7 @@ class Subject:
     ]
 
   def _image_map(self, image: Image.Image, number: int) -> TokenMap:
-    pinpoints = self.model.config.image_grid_pinpoints
+    pinpoints = [tuple(p) for p in self.model.config.image_grid_pinpoints]
     found = anyres.image_tokens(
       image.width, image.height, self.view, self.patch, pinpoints
     )
