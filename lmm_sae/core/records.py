@@ -110,7 +110,7 @@ class Sample:
 
 @dataclasses.dataclass(frozen=True)
 class Exemplar:
-  """A sample that fires a latent, with the mean activation over its base view."""
+  """A sample that fires a latent, and its mean activation on the base view."""
 
   sample: int
   strength: float

@@ -46,7 +46,7 @@ WEIGHTS = {
 
 
 def references(thing: Object, scene: Scene, hidden: str) -> list[str]:
-  """Expressions that single out `thing` without naming its `hidden` attribute."""
+  """Expressions that single out `thing` and do not name what is `hidden`."""
   options = [
     (f'{thing.noun}', ('name',)),
     (f'{thing.colour} {thing.noun}', ('colour', 'name')),
@@ -285,7 +285,7 @@ def visible_turns(thing: Object | None, empty: bool = False) -> list[Turn]:
 
 
 def shared(things: list[Object]) -> str:
-  """What all the objects have in common: `red`, `happy face`, ...; '' nothing."""
+  """What all the objects have in common, as `red happy face`; may be empty."""
   first = things[0]
   words = []
   if all(o.colour == first.colour for o in things):
