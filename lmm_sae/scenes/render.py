@@ -64,7 +64,7 @@ class Object:
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-  """A rendered scene: uint8 pixels; region ids, 0 background, i + 1 object i."""
+  """A rendered scene: uint8 pixels; region ids, 0 background, i+1 object i."""
 
   objects: tuple[Object, ...]
   pixels_HW3: np.ndarray

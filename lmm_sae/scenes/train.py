@@ -38,8 +38,8 @@ DENSE = 0.15  # weight of the patch loss in stage B
 VISION = 0.4  # the ViT's share of the learning rate after stage A
 
 
-STEPS = {'a': 800, 'b': 2200, 'c': 700}
-RATES = {'a': (5e-3, 1.5e-3), 'b': (5e-3, 1.5e-3), 'c': (3e-3, 1e-3)}
+STEPS = {'a': 800, 'b': 2600, 'c': 600}
+RATES = {'a': (5e-3, 1.5e-3), 'b': (5e-3, 1.5e-3), 'c': (1e-3, 4e-4)}
 STAGES = {'small': 'ab', 'base': 'abc'}
 
 
@@ -225,9 +225,20 @@ def make_batch(t: Trainee) -> tuple[str, Batch]:
 
 
 def rate(t: Trainee) -> float:
-  """Warm-up over 100 steps, constant, then linear to 0 over the last 60%."""
+  """Share of the peak rate: warm-up over 100 steps, then linear to 0.
+
+  Stage A falls over its last 60%. Stage B explores at the peak for 850 steps;
+  from there .3 of it falls to 0, where nearly all types are learned.
+  """
+  warm = min((t.step + 1) / 100, 1.0)
   left = (t.steps - t.step) / t.steps
-  return min((t.step + 1) / 100, 1.0, left / 0.6)
+  if t.stage == 'a':
+    return min(warm, left / 0.6)
+  if t.stage == 'b' and t.step < 850:
+    return warm
+  if t.stage == 'b':
+    return 0.3 * (t.steps - t.step) / (t.steps - 850)
+  return min(warm, left)
 
 
 def train_step(t: Trainee) -> dict[str, float]:

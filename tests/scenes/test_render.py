@@ -7,7 +7,6 @@ import pytest
 
 from lmm_sae.scenes import questions, render
 
-
 DIGEST = 'a7d9fc189e4346b5b3feb930c98a0f820c87d2fca0d2503d4eb024e8a46e369b'
 
 
