@@ -110,7 +110,7 @@ def get_config() -> ConfigDict:
         'where': 'image',  # tokens that are clamped
         'when': 'prompt',  # prompt (paper), generated, both
         'keep_error': False,  # False: the reconstruction replaces (paper)
-        'cases_a': 12,  # images a concept on half A, where the dose is chosen
+        'cases_a': 8,  # images a concept on half A, where the dose is chosen
         'cases_b': 40,  # images a concept on half B, where figures are taken
         'prompts': ('What is your feeling right now?',),  # without truth
         'max_new_tokens': 12,  # of an answer
@@ -119,7 +119,7 @@ def get_config() -> ConfigDict:
       'attribute': {
         'samples': 60,  # answers of half B that are attributed
         'top': 12,  # latents re-checked by exact ablation
-        'mistakes': 40,  # wrong answers that are mended by rule
+        'mistakes': 30,  # wrong answers that are mended by rule
         'max_new_tokens': 12,  # of an answer
         'batch': 64,  # rows of one request
       },

@@ -1,8 +1,9 @@
 """What each latent stands for, where the truth is known: WORKDIR/concepts.json.
 
 The `score` stage writes {layer: [one dict a latent], 'neurons': {layer: clean
-concepts among the raw neurons}}; steer, attribute and report read it here. A
-run without truth has no such file, and no concepts.
+concepts among the raw neurons}, 'counted': [concepts of objects]}; steer,
+attribute and report read it here. A run without truth has no such file, and no
+concepts.
 """
 
 import dataclasses
@@ -49,6 +50,11 @@ def neurons(workdir: Workdir, layer: int) -> int | None:
   """Clean concepts among the raw neurons, the same rule; None if not known."""
   counts = _table(workdir).get('neurons')
   return counts.get(str(layer)) if isinstance(counts, dict) else counts
+
+
+def counted(workdir: Workdir) -> list[str]:
+  """The concepts of objects: those that may have a clean latent."""
+  return _table(workdir).get('counted', [])
 
 
 def names(concepts: list[Concept]) -> dict[int, str]:

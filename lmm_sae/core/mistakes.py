@@ -28,12 +28,16 @@ QUANTILES = (0.25, 0.5, 0.75, 1.0)  # of the wrong answers' margins on A
 PER_SAMPLE = 4  # questions asked about one image
 ASKED = 12  # questions asked for one mistake that is wanted
 RIGHT = 2  # right answers watched for one mistake
+# (half, sample, prompt, widest) -> the prices of the subject's answer; None
+# where it leads the runner-up by more than `widest`.
+Price = Callable[[str, int, str, float], Priced | None]
+
 NO_WRONG = 'the subject made no such mistake'
 
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-  """Ablate so many latents where the margin is at most this; 0: never."""
+  """Ablate so many latents where the margin is at most this; 0: none."""
 
   latents: int
   margin: float
@@ -41,12 +45,20 @@ class Rule:
 
 @dataclasses.dataclass(frozen=True)
 class Answered:
-  """An answer with what priced it, and what ablation makes of it, by size."""
+  """An answer, what pushed it, and what ablation makes of it.
+
+  Attributes:
+    margin: logit(answer) - logit(runner-up); inf where it was not priced, as
+      it leads by more than any rule at hand touches.
+    pushers: the latents that pushed it most, strongest first.
+    edited: the answer by number of pushers ablated.
+  """
 
   sample: int
   turn: Turn
   text: str
-  priced: Priced
+  margin: float
+  pushers: list[int]
   edited: dict[int, str]
 
   @property
@@ -55,8 +67,10 @@ class Answered:
 
   def under(self, rule: Rule) -> str:
     """The answer once the rule has been applied."""
-    touched = rule.latents and self.priced.margin <= rule.margin
-    return self.edited[rule.latents] if touched else self.text
+    return self.edited[rule.latents] if self.touched(rule) else self.text
+
+  def touched(self, rule: Rule) -> bool:
+    return rule.latents > 0 and self.margin <= rule.margin
 
 
 def right(text: str, turn: Turn) -> bool:
@@ -80,7 +94,7 @@ def questions(samples: Sequence[Sample], count: int) -> list[tuple[int, Turn]]:
 def study(
   samples: dict[str, Sequence[Sample]],
   askers: dict[str, Asker],
-  price: Callable[[str, int, str], Priced],
+  price: Price,
   fired: Callable[[int], np.ndarray],
   wanted: int,
   seed: int,
@@ -89,17 +103,18 @@ def study(
 
   Args:
     samples, askers: by half, a and b.
-    price: (half, sample, prompt) -> the prices of the answer.
+    price: see `Price`.
     fired: sample of B -> the latents that fire on its image.
     wanted: mistakes looked for on each half.
   """
   halves = {
     half: _collect(samples[half], askers[half], wanted) for half in 'ab'
   }
-  priced_a = _ablate(halves['a'].picked, askers['a'], 'a', price, SIZES)
-  rule = fit(priced_a, halves['a'].accuracy)
+  every = Rule(max(SIZES), np.inf)
+  before = _ablate(halves['a'].picked, askers['a'], 'a', price, every, SIZES)
+  rule = fit(before, halves['a'].accuracy)
   sizes = (rule.latents,) if rule.latents else ()
-  after = _ablate(halves['b'].picked, askers['b'], 'b', price, sizes)
+  after = _ablate(halves['b'].picked, askers['b'], 'b', price, rule, sizes)
   rng = np.random.default_rng(seed)
   random = _random(after, askers['b'], rule, fired, rng)
   texts = [one.under(rule) for one in after]
@@ -116,7 +131,7 @@ def study(
         'right': one.turn.answer,
         'text': one.text,
         'edited': text,
-        'latents': one.priced.pushers(rule.latents),
+        'latents': one.pushers[: rule.latents],
       }
       for one, text in zip(after, texts, strict=True)
       if text != one.text or not one.correct
@@ -137,7 +152,7 @@ def fit(answers: Sequence[Answered], accuracy: float) -> Rule:
   best, rule = 0.0, Rule(0, 0.0)
   if not wrong:
     return rule
-  margins = np.quantile([one.priced.margin for one in wrong], QUANTILES)
+  margins = np.quantile([one.margin for one in wrong], QUANTILES)
   for latents in SIZES:
     for margin in sorted({float(margin) for margin in margins}):
       tried = Rule(latents, margin)
@@ -172,20 +187,30 @@ def _ablate(
   picked: Sequence[tuple[int, Turn, str]],
   asker: Asker,
   half: str,
-  price: Callable[[str, int, str], Priced],
+  price: Price,
+  rule: Rule,
   sizes: Sequence[int],
 ) -> list[Answered]:
-  prices = [price(half, sample, turn.question) for sample, turn, _ in picked]
-  asks = [
-    Ask(sample, turn.question, causes.ablation(priced.pushers(size)))
-    for (sample, turn, _), priced in zip(picked, prices, strict=True)
-    for size in sizes
-  ]
+  """Prices what the rule touches, and asks again without 1, 2, ... pushers."""
+  answers, asks = [], []
+  for sample, turn, text in picked:
+    priced = None
+    if rule.latents:
+      priced = price(half, sample, turn.question, rule.margin)
+    if priced is None:
+      answers.append(Answered(sample, turn, text, np.inf, [], {}))
+      continue
+    pushers = priced.pushers(max(sizes))
+    answers.append(Answered(sample, turn, text, priced.margin, pushers, {}))
+    asks.extend(
+      Ask(sample, turn.question, causes.ablation(pushers[:size]))
+      for size in sizes
+    )
   texts = iter(asker.answers(asks))
-  return [
-    Answered(*one, priced, {size: next(texts) for size in sizes})
-    for one, priced in zip(picked, prices, strict=True)
-  ]
+  for one in answers:
+    if one.margin < np.inf:
+      one.edited.update((size, next(texts)) for size in sizes)
+  return answers
 
 
 def _random(
@@ -197,15 +222,11 @@ def _random(
 ) -> list[str]:
   """The answers with random latents in the place of the rule's."""
   texts = [one.text for one in answers]
-  touched = [
-    i
-    for i, one in enumerate(answers)
-    if rule.latents and one.priced.margin <= rule.margin
-  ]
+  touched = [i for i, one in enumerate(answers) if one.touched(rule)]
   asks = []
   for i in touched:
     one = answers[i]
-    drawn = eq.draw(rng, fired(one.sample), one.priced.pushers(rule.latents))
+    drawn = eq.draw(rng, fired(one.sample), one.pushers[: rule.latents])
     asks.append(Ask(one.sample, one.turn.question, causes.ablation(drawn)))
   for i, text in zip(touched, asker.answers(asks), strict=True):
     texts[i] = text

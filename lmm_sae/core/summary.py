@@ -5,7 +5,7 @@ Every figure is {value, n, ci}, beside its baselines; what a run cannot give
 doses were fixed on half A by the stages; what is counted here is of half B.
 
 fvu                     evaluation.json, over all tokens but BOS
-clean_concepts          concepts with a clean latent; n: concepts met at all
+clean_concepts          concepts with a clean latent; n: concepts of objects
 clean_concepts_neurons  the same rule on the raw neurons
 explained_right         share of the latents with >= 80% of their firings on
                         objects and F1 > .2 on A whose explanation contains
@@ -32,7 +32,6 @@ from lmm_sae.core.workdir import Workdir
 Figure = dict[str, Any]
 
 NO_TRUTH = 'the images of this run have no known masks and labels'
-BACKGROUND = 'background'  # has latents of its own, but is no concept counted
 OBJECTS = 0.8  # share of the firings that lie on objects
 
 BASELINES = {
@@ -107,14 +106,13 @@ def _clean(
   if not truth:
     gone = stats.missing(NO_TRUTH)
     return {'clean_concepts': gone, 'clean_concepts_neurons': dict(gone)}
-  named = [row for row in truth if row.concept not in ('', BACKGROUND)]
-  met = len({row.concept for row in named})
-  clean = len({row.concept for row in named if row.clean})
+  counted = len(concepts.counted(workdir))
+  clean = len({row.concept for row in truth if row.clean})
   neurons = concepts.neurons(workdir, layer)
   return {
-    'clean_concepts': {'value': clean, 'n': met, 'ci': None},
+    'clean_concepts': {'value': clean, 'n': counted, 'ci': None},
     'clean_concepts_neurons': (
-      {'value': neurons, 'n': met, 'ci': None}
+      {'value': neurons, 'n': counted, 'ci': None}
       if neurons is not None
       else stats.missing('raw neurons were not measured')
     ),

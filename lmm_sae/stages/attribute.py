@@ -16,7 +16,7 @@ on are flagged, not hidden.
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -38,7 +38,7 @@ from lmm_sae.core.asking import Ask, Asker
 from lmm_sae.core.causes import Priced
 from lmm_sae.core.index import LatentIndex
 from lmm_sae.core.records import Attribution, Effect, Sample, Turn
-from lmm_sae.core.remote import SubjectClient
+from lmm_sae.core.remote import NextToken, SubjectClient
 from lmm_sae.core.store import ActivationStore
 from lmm_sae.core.workdir import Workdir
 from lmm_sae.kernels import ops
@@ -108,9 +108,27 @@ class Pricer:
     self._w_dec_MD = jnp.asarray(sae.w_dec_MD)
     self._layer = layer
 
+  def within(
+    self, image: Image.Image | None, prompt: str, widest: float
+  ) -> Priced | None:
+    """The prices; None where the answer leads by more than `widest`."""
+    top, second = self._client.next(image, prompt, top=2)[:2]
+    if top.logit - second.logit > widest:
+      return None
+    return self._price(image, prompt, top, second)
+
   def __call__(self, image: Image.Image | None, prompt: str) -> Priced:
     """The prices for the subject's top token against the runner-up."""
     top, second = self._client.next(image, prompt, top=2)[:2]
+    return self._price(image, prompt, top, second)
+
+  def _price(
+    self,
+    image: Image.Image | None,
+    prompt: str,
+    top: NextToken,
+    second: NextToken,
+  ) -> Priced:
     tokens = (top.token, second.token)
     got = self._client.gradient(self._layer, image, prompt, *tokens)
     where_T = got['map'].where('all')
@@ -160,7 +178,7 @@ class Bench:
   askers: dict[str, Asker]
   index: LatentIndex  # of half B
   names: dict[int, str]
-  pricer: Callable[[Image.Image | None, str], Priced]
+  pricer: Pricer
 
   @classmethod
   def of(
@@ -313,8 +331,8 @@ def _mistakes(
     return {'reason': 'attribute.mistakes is 0'}
   samples = {half: store.samples() for half, store in bench.stores.items()}
 
-  def price(half: str, sample: int, prompt: str) -> Priced:
-    return bench.pricer(bench.askers[half].image(sample), prompt)
+  def price(half: str, sample: int, prompt: str, widest: float):
+    return bench.pricer.within(bench.askers[half].image(sample), prompt, widest)
 
   return mistakes.study(
     samples, bench.askers, price, bench.fired, bench.opts.mistakes, seed

@@ -57,10 +57,11 @@ def workdir(tmp_path):
     concept(4, 'blue', objects=0.7),  # seldom on objects
     concept(5, 'blue', f1_a=0.1),  # stands for nothing
     concept(6, 'star'),  # no explanation
-    concept(7, 'background', clean=True),  # no concept of an object
   ]
+  counted = ['blue', 'happy', 'red', 'square', 'star']
   records.write_json(
-    workdir.file('concepts.json'), {'2': table, 'neurons': {'2': 1}}
+    workdir.file('concepts.json'),
+    {'2': table, 'neurons': {'2': 1}, 'counted': counted},
   )
   records.write_json(
     workdir.file('evaluation.json'),

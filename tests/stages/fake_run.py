@@ -247,7 +247,8 @@ def _explain(workdir, index, rng):
                            good > 0.8)  # fmt: skip
     table.append(records.to_json(row))
   records.write_json(
-    workdir.file('concepts.json'), {str(LAYER): table, 'neurons': {'2': 3}}
+    workdir.file('concepts.json'),
+    {str(LAYER): table, 'neurons': {'2': 3}, 'counted': CONCEPTS[1:]},
   )
 
 

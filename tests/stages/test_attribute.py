@@ -182,15 +182,10 @@ def test_prices_are_spread_over_patches_and_words():
   assert heat_HW.size == 0
 
 
-def priced(margin):
-  return Priced('a', 'b', (0, 1), margin, np.zeros((8, 3), np.float32))
-
-
 def answered(text, margin, edited):
   turn = Turn('colour', 'q', 'red')
-  return Answered(
-    0, turn, text, priced(margin), dict.fromkeys((1, 2, 3, 5), edited)
-  )
+  edited = dict.fromkeys(mistakes.SIZES, edited)
+  return Answered(0, turn, text, margin, [4], edited)
 
 
 def test_a_rule_weighs_what_it_breaks_by_how_often_answers_are_right():
