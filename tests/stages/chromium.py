@@ -1,7 +1,7 @@
 """Drives a headless Chromium over its DevTools pipe; needs no driver.
 
     with Chromium() as browser, browser.page('file:///x/index.html') as page:
-      page.wait('document.body.dataset.ready')
+      page.wait('document.body.dataset.shown')
       page.press('Tab')
       page.text('h1')
 
@@ -188,7 +188,7 @@ class Page:
   def wait(self, script: str) -> None:
     """Until the expression is true."""
     self.run(
-      'new Promise((done, fail) => { const end = Date.now() + 20000;'
+      'new Promise((done, fail) => { const end = Date.now() + 50000;'
       f' const look = () => {{ if ({script}) done(true);'
       ' else if (Date.now() > end) fail(new Error("waited in vain"));'
       ' else setTimeout(look, 20); }; look(); })'
@@ -274,7 +274,7 @@ def main(page, out, width=1280, height=900, scheme='light', route='#/') -> None:
   with Chromium() as browser:
     size = int(width), int(height)
     with browser.page(url, *size, dark=scheme == 'dark') as tab:
-      tab.wait('document.body.dataset.ready')
+      tab.wait('document.body.dataset.shown')
       tab.wait(
         '[...document.images].every((i) => i.complete || !i.offsetParent ||'
         ' i.getBoundingClientRect().top > innerHeight)'

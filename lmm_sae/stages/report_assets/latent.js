@@ -102,7 +102,7 @@ function statPanel(detail) {
         `${fmt.num(truth.f1_a)}, ${fmt.num(truth.f1_b)}`),
       truth && pair('Precision on B', fmt.num(truth.precision_b)),
       truth && pair('Firings on objects', fmt.percent(truth.objects))),
-    h('h4', { class: 'small soft', style: 'margin-bottom: .5rem' },
+    h('h3', { class: 'small soft', style: 'margin-bottom: .5rem' },
       'Share of each kind of token that fires it'),
     h('div', { class: 'kinds' }, stats.kinds.map(([name, n, all]) => [
       h('span', null, fmt.words(name)),
@@ -127,6 +127,7 @@ function latentCrumbs(layer, row) {
 }
 
 async function showLatent(view, layer, latent) {
+  const asked = location.hash;
   const data = layerOf(layer) ? await loadLayer(layer) : null;
   const row = data ? data.fields.latent.indexOf(latent) : -1;
   if (row < 0) {
@@ -138,6 +139,7 @@ async function showLatent(view, layer, latent) {
   const { fields } = data;
   const [samples, details] = await Promise.all([
     loadSamples(), loadDetail(layer, row)]);
+  if (location.hash !== asked) return null; // a later one is being shown
   const detail = details[latent];
   const name = fields.label[row] || run.outcomes[fields.outcome[row]];
   const part = (title, ...nodes) => h('section', { class: 'section' },

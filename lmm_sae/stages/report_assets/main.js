@@ -32,7 +32,11 @@ function parseHash() {
 
 async function route(first) {
   const to = parseHash();
-  if (!to) return;
+  if (!to) {
+    document.body.dataset.shown = location.hash;
+    return;
+  }
+  const [asked] = location.hash.split('?');
   places.set(current, window.scrollY);
   const view = $(`#view-${to.view}`);
   view.setAttribute('aria-busy', 'true');
@@ -47,6 +51,7 @@ async function route(first) {
   } finally {
     view.removeAttribute('aria-busy');
   }
+  if (location.hash.split('?')[0] !== asked) return; // moved on meanwhile
   for (const one of $$('.view')) one.hidden = one !== view;
   const tab = to.view === 'latent' ? 'latents' : to.view;
   for (const link of $$('.top nav a')) {
@@ -61,6 +66,7 @@ async function route(first) {
   } else document.title = run.title;
   const back = to.view === 'latents' && current === 'latent';
   current = to.view;
+  document.body.dataset.shown = location.hash || '#/';
   if (first) return;
   heading.focus({ preventScroll: true });
   window.scrollTo(0, back ? places.get('latents') || 0 : 0);
@@ -119,4 +125,4 @@ addEventListener('hashchange', () => route(false));
 addEventListener('keydown', onKey);
 if ('scrollRestoration' in history) history.scrollRestoration = 'manual';
 showFirst();
-route(true).then(() => { document.body.dataset.ready = 'yes'; });
+route(true);
