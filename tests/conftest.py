@@ -12,8 +12,14 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 
 os.environ['JAX_PLATFORMS'] = os.environ.get('LMM_SAE_TEST_PLATFORM', 'cpu')
-os.environ['XLA_FLAGS'] = (
-  os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
+os.environ['XLA_FLAGS'] = ' '.join(
+  (
+    os.environ.get('XLA_FLAGS', ''),
+    '--xla_force_host_platform_device_count=8',
+    # Most of the suite's JAX time is compilation: this halves it.
+    '--xla_backend_optimization_level=0',
+    '--xla_llvm_disable_expensive_passes=true',
+  )
 ).strip()
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 os.environ.setdefault('HF_HUB_OFFLINE', '1')

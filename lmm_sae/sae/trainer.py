@@ -181,7 +181,11 @@ def make_step(
       f'train.rows is {options.rows}, which {shares} devices cannot share '
       f'evenly: make it a multiple of {shares}'
     )
+  return _jitted(dataclasses.replace(config, layer=0), options, mesh)
 
+
+@functools.lru_cache(maxsize=4)  # SAEs of several layers share one compilation
+def _jitted(config: SaeConfig, options: TrainConfig, mesh: jax.sharding.Mesh):
   def step(state: TrainState, x_ND: jax.Array):
     x_ND = x_ND.astype(jnp.float32) * state.scale
     dead_M = state.idle_M > config.dead_after
