@@ -24,7 +24,7 @@ import transformers
 from PIL import Image
 from torch import nn
 
-from lmm_sae.core import tokens
+from lmm_sae.core import host, tokens
 from lmm_sae.core.tokens import TokenMap
 from lmm_sae.lmm import anyres, folders, parts
 from lmm_sae.lmm import prompt as prompts
@@ -110,7 +110,7 @@ class Subject:
       )
     if device.startswith('cuda') and not torch.cuda.is_available():
       raise ValueError(f'lmm.device is {device!r}, but there is no CUDA device')
-    torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
+    torch.set_num_threads(threads or host.cores())
     transformers.utils.logging.disable_progress_bar()
     try:
       processor = transformers.AutoProcessor.from_pretrained(
