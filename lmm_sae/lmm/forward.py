@@ -8,6 +8,7 @@ the keys and values of both halves. Prompts of equal length share a batch: no
 padding, so a batch gives what single runs give.
 """
 
+import contextlib
 import copy
 import dataclasses
 import itertools
@@ -28,6 +29,8 @@ from lmm_sae.lmm.sae import Code, Sae
 
 # Tokens in one batch: 2**14 rows of keys and values of an 8 B model are 2 GB.
 BATCH_TOKENS = 2**14
+# Lower halves kept beyond their batch, for later ones of the same prompts.
+KEEP_BYTES = 2**28
 
 
 class Cancelled(Exception):
@@ -41,10 +44,21 @@ class Asked:
   Attributes:
     inputs: the model's keyword arguments, of batch 1.
     map: what each token is.
+    below: the lower halves that have been run, by layer; it grows.
   """
 
   inputs: dict[str, torch.Tensor]
   map: TokenMap
+  below: dict[int, 'Below'] = dataclasses.field(default_factory=dict)
+
+  @property
+  def nbytes(self) -> int:
+    """Memory of the inputs and of the lower halves."""
+    tensors = list(self.inputs.values())
+    for half in self.below.values():
+      tensors.append(half.x_TD)
+      tensors += [t for entry in half.cache for t in (entry.keys, entry.values)]
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -57,9 +71,9 @@ class Job:
 
 
 class Below(NamedTuple):
-  """The lower half's result: residual of the layer, and its cache layers."""
+  """One prompt's lower half: residual of the layer, and its cache layers."""
 
-  x_BTD: torch.Tensor
+  x_TD: torch.Tensor
   cache: list[Any]
 
 
@@ -106,12 +120,23 @@ def ask(
   return Asked(inputs, token_map)
 
 
-def _identity(hidden_states, *_, **__):
-  return hidden_states
+def below(
+  subject: Subject, prompts: Sequence[Asked], layer: int
+) -> list[Below]:
+  """The lower halves of prompts of equal length, each run once in its life."""
+  missing = [p for p in dict.fromkeys(prompts) if layer not in p.below]
+  if missing:
+    x_BTD, cache = _run_below(subject, missing, layer)
+    for row, prompt in enumerate(missing):
+      index = torch.tensor([row], device=x_BTD.device)
+      own = [copy.copy(entry) for entry in cache]
+      for entry in own:
+        entry.batch_select_indices(index.to(entry.keys.device))
+      prompt.below[layer] = Below(x_BTD[row].clone(), own)
+  return [prompt.below[layer] for prompt in prompts]
 
 
-def below(subject: Subject, prompts: Sequence[Asked], layer: int) -> Below:
-  """Runs prompts of equal length up to and including the layer."""
+def _run_below(subject: Subject, prompts: Sequence[Asked], layer: int):
   caught: list[torch.Tensor] = []
   inputs = {
     name: torch.cat([p.inputs[name] for p in prompts])
@@ -120,38 +145,58 @@ def below(subject: Subject, prompts: Sequence[Asked], layer: int) -> Below:
   cache = _cache(subject)
   upper = [subject.layer(i) for i in range(layer + 1, subject.num_layers)]
   with (
-    edits_lib.replaced(upper, _identity),
+    torch.no_grad(),
+    edits_lib.replaced(upper, lambda hidden_states, *_, **__: hidden_states),
     edits_lib.hooked(subject.layer(layer), caught.append),
   ):
     subject.model(
       **inputs, past_key_values=cache, use_cache=True, logits_to_keep=1
     )
-  return Below(caught[0], cache.layers[: layer + 1])
+  return caught[0], cache.layers[: layer + 1]
 
 
 def above(
-  subject: Subject, lower: Below, index_B: torch.Tensor, x_BTD: torch.Tensor
+  subject: Subject, lower: Sequence[Below], x_BTD: torch.Tensor
 ) -> tuple[torch.Tensor, DynamicCache]:
   """Runs the layers above the split from the residual x_BTD.
 
   Args:
-    lower: of the prompts; index_B says which of them each x belongs to.
+    lower: the lower half that each x belongs to.
 
   Returns:
     The next token's logits [B, V] in float32, and a cache to go on from.
   """
   cache = _cache(subject)
-  split = len(lower.cache)
+  split = len(lower[0].cache)
   lower_layers = [subject.layer(i) for i in range(split)]
-  with edits_lib.replaced(lower_layers, lambda *_, **__: x_BTD):
+  with (
+    edits_lib.replaced(lower_layers, lambda *_, **__: x_BTD),
+    _last_token_only(subject, split),
+  ):
     out = subject.model.model.language_model(
       inputs_embeds=x_BTD, past_key_values=cache, use_cache=True
     )
   logits_BV = subject.model.lm_head(out.last_hidden_state[:, -1]).float()
-  for i, entry in enumerate(lower.cache):
-    cache.layers[i] = copy.copy(entry)
-    cache.layers[i].batch_select_indices(index_B)
+  for i in range(split):
+    entries = [half.cache[i] for half in lower]
+    cache.layers[i] = copy.copy(entries[0])
+    cache.layers[i].keys = torch.cat([entry.keys for entry in entries])
+    cache.layers[i].values = torch.cat([entry.values for entry in entries])
   return logits_BV, cache
+
+
+def _last_token_only(subject: Subject, split: int):
+  """Within it the last layer's MLP runs for the last token alone.
+
+  Nothing else of that layer is read. What the MLP returns, [B, 1, D], is spread
+  over the other tokens when it is added to the residual, where nobody looks.
+  With 6 layers split after the third it spares a quarter of the upper half.
+  """
+  if split == subject.num_layers:
+    return contextlib.nullcontext()
+  mlp = subject.layer(subject.num_layers - 1).mlp
+  run = mlp.forward
+  return edits_lib.replaced([mlp], lambda x: run(x[:, -1:]))
 
 
 def _cache(subject: Subject) -> DynamicCache:
@@ -172,11 +217,12 @@ def batches(
     shape = () if pixels is None else tuple(pixels.shape)
     return job.layer, len(job.prompt.map.token_T), shape
 
-  first: dict[int, int] = {}
+  kept = 0
+  first: dict[Asked, int] = {}
   for place, job in enumerate(jobs):
-    first.setdefault(id(job.prompt), place)
+    first.setdefault(job.prompt, place)
   order = sorted(
-    range(len(jobs)), key=lambda i: (alike(i), first[id(jobs[i].prompt)])
+    range(len(jobs)), key=lambda i: (alike(i), first[jobs[i].prompt])
   )
   for (layer, length, _), group in itertools.groupby(order, alike):
     chunk, rows = list(group), max(1, BATCH_TOKENS // length)
@@ -185,30 +231,31 @@ def batches(
       places = chunk[start : start + rows]
       chosen = [jobs[place] for place in places]
       yield Batch(places, chosen, *_batch(subject, saes.get(layer), chosen))
+      ahead = [jobs[place].prompt for place in chunk[start + rows :][:1]]
+      for prompt in {job.prompt for job in chosen}.difference(ahead):
+        kept += prompt.nbytes
+        if kept > KEEP_BYTES:
+          prompt.below.clear()
 
 
 def _batch(subject: Subject, sae: Sae | None, jobs: Sequence[Job]):
   """Logits and cache of jobs of one layer and length."""
-  prompts = list({id(job.prompt): job.prompt for job in jobs}.values())
-  place = {id(prompt): i for i, prompt in enumerate(prompts)}
-  lower = below(subject, prompts, jobs[0].layer)
-  index = [place[id(job.prompt)] for job in jobs]
-  index_B = torch.tensor(index, device=lower.x_BTD.device)
-  x_BTD = lower.x_BTD[index_B]
+  lower = below(subject, [job.prompt for job in jobs], jobs[0].layer)
+  x_BTD = torch.stack([half.x_TD for half in lower])
   k = edits_lib.wide_k(sae, [job.edits for job in jobs]) if sae else 0
-  wide: dict[int, Code] = {}
+  wide: dict[Asked, Code] = {}
   for row, job in enumerate(jobs):
     if not any(edit.when != 'generated' for edit in job.edits):
       continue
-    x_TD = lower.x_BTD[index[row]]
-    if index[row] not in wide:
-      wide[index[row]] = sae.top(x_TD, k)
+    x_TD = lower[row].x_TD
+    if job.prompt not in wide:
+      wide[job.prompt] = sae.top(x_TD, k)
     masks_ET = [_mask(subject, job.prompt, edit) for edit in job.edits]
     where_ET = torch.from_numpy(np.stack(masks_ET)).to(x_TD.device)
     x_BTD[row] = edits_lib.edited(
-      sae, x_TD, wide[index[row]], job.edits, where_ET
+      sae, x_TD, wide[job.prompt], job.edits, where_ET
     )
-  return above(subject, lower, index_B, x_BTD)
+  return above(subject, lower, x_BTD)
 
 
 def _mask(subject: Subject, of: Asked, edit: Edit) -> np.ndarray:
@@ -324,12 +371,10 @@ def gradient(
   subject: Subject, of: Asked, layer: int, tokens: tuple[int, int]
 ) -> Gradient:
   """One forward, and one backward from the logits to the layer's output."""
-  with torch.no_grad():
-    lower = below(subject, [of], layer)
-  x_1TD = lower.x_BTD.detach().clone().requires_grad_()
+  lower = below(subject, [of], layer)
+  x_1TD = lower[0].x_TD[None].clone().requires_grad_()
   with torch.enable_grad():
-    zero_1 = torch.zeros(1, dtype=torch.long, device=x_1TD.device)
-    logits_V = above(subject, lower, zero_1, x_1TD)[0][0]
+    logits_V = above(subject, lower, x_1TD)[0][0]
     wanted = logits_V[tokens[0]] - logits_V[tokens[1]]
     (grad_1TD,) = torch.autograd.grad(wanted, x_1TD)
   pair = logits_V[list(tokens)].tolist()

@@ -5,123 +5,52 @@ request (`core.remote.SubjectClient` says what they mean) and raises ValueError
 where the request is at fault. They run the model, so one at a time.
 """
 
-import dataclasses
-import json
+import hashlib
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
-import pydantic
 import torch
 from PIL import Image
 
-from lmm_sae.core import records, remote, wire
+from lmm_sae.core import remote, wire
 from lmm_sae.lmm import edits as edits_lib
-from lmm_sae.lmm import forward, words
+from lmm_sae.lmm import forward, messages, words
 from lmm_sae.lmm.forward import Asked, Job
 from lmm_sae.lmm.judges import Clip, Grounder
 from lmm_sae.lmm.llava import Subject
 from lmm_sae.lmm.sae import Sae
 
 METHODS = ('residual', 'gradient', 'logits', 'generate', 'ground', 'clip')
-MAX_ROWS = 4096
 
 Arrays = dict[str, np.ndarray]
 Answer = tuple[dict[str, Any], Arrays]
-Peaks = dict[str, dict[str, float]]
-Word = str | int
 
 
-def _message(kind: type) -> type:
-  """A frozen dataclass that takes the fields it has, and of their types."""
-  config = pydantic.ConfigDict(extra='forbid', strict=True)
-  return pydantic.dataclasses.dataclass(kind, config=config, frozen=True)
+class _Images:
+  """The images image_0, image_1, ... of a request, opened when wanted."""
 
+  def __init__(self, arrays: Arrays):
+    names = [f'image_{i}' for i in range(len(arrays))]
+    if sorted(names) != sorted(arrays):
+      raise ValueError(f'the arrays are {sorted(arrays)[:4]}, not image_0, ...')
+    self._data = [arrays[name] for name in names]
 
-_Edit = _message(records.Edit)
-_Count = Annotated[int, pydantic.Field(ge=1)]
-_Index = Annotated[int, pydantic.Field(ge=0)]
+  def digest(self, index: int) -> bytes:
+    """Tells images apart by their bytes."""
+    return hashlib.blake2b(self._at(index), digest_size=16).digest()
 
+  def open(self, index: int) -> Image.Image:
+    return wire.picture(self._at(index))
 
-@_message
-class _Row(remote.GenerateRow):
-  edits: tuple[_Edit, ...] = ()
+  def all(self) -> list[Image.Image]:
+    return [wire.picture(data) for data in self._data]
 
-
-@_message
-class _Generate:
-  rows: Annotated[tuple[_Row, ...], pydantic.Field(max_length=MAX_ROWS)]
-  max_new_tokens: Annotated[int, pydantic.Field(ge=1, le=4096)]
-  seed: _Index | None = None
-  peaks: Peaks = dataclasses.field(default_factory=dict)
-
-
-@_message
-class _Question:
-  image: int | None
-  prompt: str
-
-
-@_message
-class _Residual:
-  layer: int
-  rows: Annotated[tuple[_Question, ...], pydantic.Field(max_length=MAX_ROWS)]
-
-
-@_message
-class _Gradient:
-  layer: int
-  image: int | None
-  prompt: str
-  answer: Word
-  baseline: Word
-
-
-@_message
-class _Logits:
-  layer: int
-  image: int | None
-  prompt: str
-  edit_sets: Annotated[
-    tuple[tuple[_Edit, ...], ...], pydantic.Field(max_length=MAX_ROWS)
-  ]
-  answer: Word | None = None
-  baseline: Word | None = None
-  top: _Index = 0
-  peaks: Peaks = dataclasses.field(default_factory=dict)
-
-
-@_message
-class _Pairs:
-  images: tuple[_Index, ...]
-  texts: tuple[str, ...]
-
-  def __post_init__(self):
-    if len(self.images) != len(self.texts):
-      raise ValueError(
-        f'{len(self.images)} images and {len(self.texts)} texts do not pair'
-      )
-
-
-@_message
-class _Ground(_Pairs):
-  judge: str = ''
-  box_threshold: float = 0.3
-
-
-def _read(kind: type, header: dict[str, Any]) -> Any:
-  """The header as that message.
-
-  Raises:
-    ValueError: it has other fields, or values of other types.
-  """
-  try:
-    return pydantic.TypeAdapter(kind).validate_json(json.dumps(header))
-  except pydantic.ValidationError as error:
-    first = error.errors(include_url=False)[0]
-    place = '.'.join(str(part) for part in first['loc'])
-    said = first['msg'].removeprefix('Value error, ')
-    raise ValueError(f'{place}: {said}' if place else said) from error
+  def _at(self, index: int) -> np.ndarray:
+    if not 0 <= index < len(self._data):
+      raise ValueError(f'image {index}, but the request has {len(self._data)}')
+    return self._data[index]
 
 
 class Service:
@@ -131,6 +60,8 @@ class Service:
     saes: by layer.
     clip: None: `clip` is refused.
     grounders: by name; the first is the default.
+    max_bytes: of prompts kept between requests, lower halves included: what is
+      asked of one image again and again is then read once.
   """
 
   def __init__(
@@ -139,11 +70,14 @@ class Service:
     saes: dict[int, Sae],
     clip: Clip | None = None,
     grounders: dict[str, Grounder] | None = None,
+    max_bytes: int = 2**29,
   ):
     self.subject = subject
     self.saes = saes
     self.clip_judge = clip
     self.grounders = grounders or {}
+    self._max_bytes = max_bytes
+    self._asked: OrderedDict[tuple, Asked] = OrderedDict()
     for layer, sae in saes.items():
       subject.layer(layer)
       if sae.width != subject.width:
@@ -182,13 +116,16 @@ class Service:
       'ground': self._ground,
       'clip': self._clip,
     }
-    if method == 'generate':
-      return self._generate(header, arrays, check)
-    return handlers[method](header, arrays)
+    try:
+      if method == 'generate':
+        return self._generate(header, arrays, check)
+      return handlers[method](header, arrays)
+    finally:
+      self._forget()
 
   def _generate(self, header, arrays, check) -> Answer:
-    request = _read(_Generate, header)
-    images = _images(arrays)
+    request = messages.read(messages.Generate, header)
+    images = _Images(arrays)
     asked = self._ask(images, [(r.image, r.prompt) for r in request.rows])
     jobs = [
       Job(prompt, row.layer, self._edits(row, request.peaks))
@@ -206,13 +143,13 @@ class Service:
     texts = [decode(ids, skip_special_tokens=True).strip() for ids in written]
     return {'texts': texts}, {}
 
-  def _edits(self, row: remote.GenerateRow, peaks: Peaks):
+  def _edits(self, row: remote.GenerateRow, peaks: messages.Peaks):
     edits = row.edits
     if not edits and row.sae:
       edits = edits_lib.control(row.where, row.when)
     return self._resolve(row.layer, edits, peaks)
 
-  def _resolve(self, layer: int, edits, peaks: Peaks):
+  def _resolve(self, layer: int, edits, peaks: messages.Peaks):
     self.subject.layer(layer)
     if not edits:
       return ()
@@ -225,26 +162,41 @@ class Service:
     return edits_lib.resolve(edits, peaks.get(str(layer), {}), sae.latents)
 
   def _ask(
-    self,
-    images: Sequence[Image.Image],
-    questions: Sequence[tuple[int | None, str]],
+    self, images: _Images, questions: Sequence[tuple[int | None, str]]
   ) -> list[Asked]:
-    """The prompts; equal questions share one object, and so its lower half."""
-    made: dict[tuple[int | None, str], Asked] = {}
-    for index, text in questions:
-      if (index, text) not in made:
-        image = None if index is None else _at(images, index)
-        chat = self.subject.chat(text, image is not None)
-        made[index, text] = forward.ask(self.subject, chat, image)
-    return [made[question] for question in questions]
+    """The prompts; equal ones are one object, and share its lower half."""
+    return [self._one(images, index, text) for index, text in questions]
+
+  def _one(
+    self,
+    images: _Images,
+    index: int | None,
+    text: str,
+    more: Sequence[int] = (),
+  ) -> Asked:
+    """One prompt, and the tokens `more` after it."""
+    key = (None if index is None else images.digest(index), text, tuple(more))
+    if key not in self._asked:
+      chat = self.subject.chat(text, index is not None)
+      image = None if index is None else images.open(index)
+      self._asked[key] = forward.ask(self.subject, chat, image, more)
+    self._asked.move_to_end(key)
+    return self._asked[key]
+
+  def _forget(self) -> None:
+    """Drops the prompts asked longest ago until the others fit."""
+    size = sum(asked.nbytes for asked in self._asked.values())
+    while size > self._max_bytes:
+      _, oldest = self._asked.popitem(last=False)
+      size -= oldest.nbytes
 
   def _residual(self, header, arrays) -> Answer:
-    request = _read(_Residual, header)
+    request = messages.read(messages.Residual, header)
     self.subject.layer(request.layer)
     questions = [(row.image, row.prompt) for row in request.rows]
     out: Arrays = {}
     grids = []
-    for i, asked in enumerate(self._ask(_images(arrays), questions)):
+    for i, asked in enumerate(self._ask(_Images(arrays), questions)):
       x_BTD = self.subject.residuals(asked.inputs, [request.layer])
       out[f'x_{i}'] = _numpy(x_BTD[request.layer][0])
       out |= remote.token_arrays(asked.map, str(i))
@@ -252,9 +204,9 @@ class Service:
     return {'grids': grids}, out
 
   def _gradient(self, header, arrays) -> Answer:
-    request = _read(_Gradient, header)
+    request = messages.read(messages.Gradient, header)
     self.subject.layer(request.layer)
-    asked, tokens = self._contrast(request, _images(arrays))
+    asked, tokens = self._contrast(request, _Images(arrays))
     found = forward.gradient(self.subject, asked, request.layer, tokens)
     return {
       'grid': list(asked.map.grid),
@@ -269,7 +221,7 @@ class Service:
 
   def _contrast(self, request, images) -> tuple[Asked, tuple[int, int]]:
     """The prompt up to where answer and baseline part, and the two tokens."""
-    (plain,) = self._ask(images, [(request.image, request.prompt)])
+    plain = self._one(images, request.image, request.prompt)
     pair = (request.answer, request.baseline)
     if isinstance(pair[0], int) and isinstance(pair[1], int):
       size = self.subject.model.config.get_text_config().vocab_size
@@ -283,20 +235,16 @@ class Service:
       job = Job(plain, request.layer, ())
       return forward.next_logits(self.subject, self.saes, [job])[0]
 
-    has_image = request.image is not None
-    chat = self.subject.chat(request.prompt, has_image)
+    chat = self.subject.chat(request.prompt, request.image is not None)
     shared, tokens = words.contrast(self.subject, chat, pair, likely)
-    if not shared:
-      return plain, tokens
-    image = images[request.image] if has_image else None
-    return forward.ask(self.subject, chat, image, shared), tokens
+    return self._one(images, request.image, request.prompt, shared), tokens
 
   def _logits(self, header, arrays) -> Answer:
-    request = _read(_Logits, header)
+    request = messages.read(messages.Logits, header)
     self.subject.layer(request.layer)
-    images, tokens = _images(arrays), None
+    images, tokens = _Images(arrays), None
     if request.answer is None and request.baseline is None:
-      (asked,) = self._ask(images, [(request.image, request.prompt)])
+      asked = self._one(images, request.image, request.prompt)
     else:
       asked, tokens = self._contrast(request, images)
     jobs = [
@@ -330,7 +278,7 @@ class Service:
     ]
 
   def _ground(self, header, arrays) -> Answer:
-    request = _read(_Ground, header)
+    request = messages.read(messages.Ground, header)
     names = list(self.grounders)
     name = request.judge or (names[0] if names else 'clip')
     if name not in self.grounders:
@@ -338,9 +286,7 @@ class Service:
         f'judge {name!r} is not served, only {names}: start the server with '
         f'score.grounder={name}'
       )
-    images = _images(arrays)
-    for index in request.images:
-      _at(images, index)
+    images = _paired(arrays, request.images)
     if not request.texts:
       return {}, {}
     found = self.grounders[name].masks(
@@ -349,30 +295,21 @@ class Service:
     return {}, {f'mask_{i}': mask_HW for i, mask_HW in enumerate(found)}
 
   def _clip(self, header, arrays) -> Answer:
-    request = _read(_Pairs, header)
+    request = messages.read(messages.Pairs, header)
     if self.clip_judge is None:
       raise ValueError('no CLIP is served: give its folder as score.clip_path')
-    images = _images(arrays)
-    for index in request.images:
-      _at(images, index)
+    images = _paired(arrays, request.images)
     if not request.texts:
       return {}, {'score_B': np.zeros(0, np.float32)}
     score_B = self.clip_judge.score(images, request.images, request.texts)
     return {}, {'score_B': score_B}
 
 
-def _images(arrays: Arrays) -> list[Image.Image]:
-  """The images image_0, image_1, ... of a request."""
-  wanted = [f'image_{i}' for i in range(len(arrays))]
-  if sorted(wanted) != sorted(arrays):
-    raise ValueError(f'the arrays are {sorted(arrays)[:4]}, not image_0, ...')
-  return [wire.picture(arrays[name]) for name in wanted]
-
-
-def _at(images: Sequence[Image.Image], index: int) -> Image.Image:
-  if not 0 <= index < len(images):
-    raise ValueError(f'image {index}, but the request has {len(images)}')
-  return images[index]
+def _paired(arrays: Arrays, index: Sequence[int]) -> list[Image.Image]:
+  images = _Images(arrays).all()
+  if max(index, default=-1) >= len(images):
+    raise ValueError(f'image {max(index)}, but the request has {len(images)}')
+  return images
 
 
 def _numpy(x: torch.Tensor) -> np.ndarray:

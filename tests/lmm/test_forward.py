@@ -163,11 +163,41 @@ def test_sampling_follows_its_seed_and_place_alone(subject, sae, asked):
   assert forward.write(subject, saes, others, NEW, seed=3)[:2] == first[:2]
 
 
+def test_a_lower_half_runs_once_in_the_life_of_its_prompt(
+  subject, sae, images, monkeypatch
+):
+  text = subject.chat('what is this?', 1)
+  prompts = [forward.ask(subject, text, image) for image in images]
+  jobs = [
+    Job(prompt, LAYER, (Edit(latent, 5.0),))
+    for latent in range(3)
+    for prompt in prompts
+  ]
+  runs = []
+  run = subject.model.forward
+  monkeypatch.setattr(
+    subject.model, 'forward', lambda **inputs: runs.append(1) or run(**inputs)
+  )
+  monkeypatch.setattr(forward, 'BATCH_TOKENS', 100)  # one job a batch
+  first = forward.write(subject, {LAYER: sae}, jobs, NEW)
+  assert len(runs) == 2
+  assert forward.write(subject, {LAYER: sae}, jobs, NEW) == first
+  assert len(runs) == 2
+  assert all(prompt.nbytes > 24 * 4 * 50 for prompt in prompts)
+  monkeypatch.setattr(forward, 'KEEP_BYTES', 0)
+  assert forward.write(subject, {LAYER: sae}, jobs, NEW) == first
+  assert not any(prompt.below for prompt in prompts)
+  assert forward.write(subject, {LAYER: sae}, jobs, NEW) == first
+  assert len(runs) == 4
+
+
 def bare(subject) -> bool:
   """Whether no hook and no replacement is left on any layer."""
   layers = [subject.layer(i) for i in range(subject.num_layers)]
   return not any(
-    layer._forward_hooks or 'forward' in layer.__dict__ for layer in layers
+    module._forward_hooks or 'forward' in module.__dict__
+    for layer in layers
+    for module in layer.modules()
   )
 
 

@@ -130,6 +130,22 @@ def test_generate_answers_every_row(client, subject, sae, images):
   assert client.generate([], [], 5) == []
 
 
+def test_prompts_are_kept_between_requests_up_to_a_size(subject, sae, images):
+  header = row(edits=[{'latent': 1, 'value': 9.0}])
+  arrays = [{'image_0': wire.png(image)} for image in images]
+  roomy, narrow = (
+    Service(subject, {LAYER: sae}, max_bytes=size) for size in (10**6, 0)
+  )
+  answers = []
+  for service in (roomy, narrow):
+    for sent in (*arrays, *arrays):
+      answers.append(service.answer('generate', header, sent)[0])
+  assert answers[:4] == answers[4:]
+  assert answers[:2] == answers[2:4]
+  assert len(roomy._asked) == 2
+  assert not narrow._asked
+
+
 def test_seeded_answers_repeat(client, images):
   rows = [GenerateRow(0, ASK)] * 3
   first = client.generate(rows, images[:1], 5, seed=1)
@@ -238,7 +254,11 @@ BAD = {
   'no SAE': ('generate', row(layer=0, sae=True), 'no SAE of layer 0'),
   'no such image': ('generate', row(image=2), 'image 2'),
   'no prompt': ('generate', row(prompt=None), 'prompt'),
-  'image in the text': ('generate', row(prompt='<image> a', image=None), 'image'),
+  'image in the text': (
+    'generate',
+    row(prompt='<image> a', image=None),
+    'image',
+  ),
   'long prompt': ('generate', row(prompt='red ' * 2100), 'shorten'),
   'no tokens': ('generate', row() | {'max_new_tokens': 0}, 'max_new_tokens'),
   'negative seed': ('generate', row() | {'seed': -1}, 'seed'),
