@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import pathlib
+import re
 import socket
 import threading
 import time
@@ -486,6 +488,56 @@ def test_a_server_that_stops_drops_what_runs():
   thread.join(10)
   assert got[0].status_code == 503
   assert gate.done == []
+
+
+@pytest.mark.parametrize(
+  ('clients', 'requests'),
+  [(6, 6), pytest.param(32, 200, marks=pytest.mark.slow)],
+)
+def test_a_crowd_is_served_and_the_memory_stays_flat(
+  service, images, clients, requests
+):
+  """Good and bad requests at once; every good one is answered rightly."""
+  good = [
+    [GenerateRow(i % 2, ASK, (Edit(i, 6.0),), LAYER), GenerateRow(None, ASK)]
+    for i in range(4)
+  ]
+  bad = [
+    [GenerateRow(5, ASK)],
+    [GenerateRow(0, ASK, (Edit(99, 1.0),), LAYER)],
+    [GenerateRow(0, ASK, (Edit(1, 1.0, where='tiles'),), LAYER)],
+  ]
+  faults = []
+
+  def visit(url, number):
+    with SubjectClient(url, timeout_s=300) as client:
+      for turn in range(requests):
+        rows = good[(number + turn) % 4]
+        if client.generate(rows, images, 4) != wanted[(number + turn) % 4]:
+          faults.append(f'{number} {turn}: another answer')
+        try:
+          client.generate(bad[(number + turn) % 3], images, 4)
+          faults.append(f'{number} {turn}: a bad request was answered')
+        except ValueError:
+          pass
+
+  with running(service, queue=4) as url:
+    with SubjectClient(url, timeout_s=60) as client:
+      wanted = [client.generate(rows, images, 4) for rows in good]
+    before = resident_mb()
+    threads = [
+      in_thread(lambda number=number: visit(url, number))
+      for number in range(clients)
+    ]
+    for thread in threads:
+      thread.join()
+  assert faults == []
+  assert resident_mb() - before < 64
+
+
+def resident_mb() -> float:
+  status = pathlib.Path('/proc/self/status').read_text()
+  return int(re.search(r'VmRSS:\s+(\d+)', status)[1]) / 1024
 
 
 def test_an_sae_of_another_model_is_refused(subject, sae):
