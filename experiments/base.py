@@ -41,6 +41,7 @@ def get_config() -> ConfigDict:
         'latents': 1024,  # M
         'k': 8,  # latents that may fire on one row
         'dead_after': 200_000,  # rows without firing that make a latent dead
+        'aux': 0,  # dead latents that answer for a row in AuxK; 0: width / 2
       },
       'train': {
         'steps': 1500,  # optimiser steps

@@ -28,6 +28,7 @@ class SaeConfig:
     latents: M.
     k: latents that may fire on one row.
     dead_after: rows without firing after which a latent is dead.
+    aux: dead latents that may answer for one row in AuxK; 0: D / 2.
 
   Raises:
     ValueError: a field is out of bounds.
@@ -38,6 +39,7 @@ class SaeConfig:
   latents: int
   k: int
   dead_after: int = 10_000_000
+  aux: int = 0
 
   def __post_init__(self):
     if self.latents < 1:
@@ -50,11 +52,13 @@ class SaeConfig:
       raise ValueError(
         f'sae.dead_after is {self.dead_after}; it must be at least 1 row'
       )
+    if self.aux < 0:
+      raise ValueError(f'sae.aux is {self.aux}; it must be at least 0')
 
   @property
   def k_aux(self) -> int:
-    """Dead latents that may answer for one row: D / 2, as in Gao et al."""
-    return min(max(self.width // 2, 1), self.latents)
+    """Dead latents that may answer for one row; Gao et al. take D / 2."""
+    return min(self.aux or max(self.width // 2, 1), self.latents)
 
 
 @flax.struct.dataclass

@@ -3,7 +3,7 @@
     python -m lmm_sae.scenes.train --size=small --out=DIR
 
 Stage A teaches the ViT what each patch shows; stage B trains everything end to
-end on packed questions, the dense loss kept at .15. That is `small`. `base`
+end on packed questions, the patch loss kept. That is `small`. `base`
 starts as a small, is grown to twice its size without a change of what it
 computes, and trains on (stage C); `--parent=DIR/checkpoint.pt` of a finished
 small spares it the first two stages. Seeded; killed at any moment, a run goes
@@ -34,11 +34,11 @@ MALLOC = {
   'MALLOC_TRIM_THRESHOLD_': '16000000000',
   'MALLOC_TOP_PAD_': '500000000',
 }
-DENSE = 0.15  # weight of the patch loss in stage B
-VISION = 0.4  # the ViT's share of the learning rate after stage A
+DENSE = 1.0  # weight of the patch loss after stage A
+VISION = 0.8  # the ViT's share of the learning rate after stage A
 
 
-STEPS = {'a': 800, 'b': 2600, 'c': 600}
+STEPS = {'a': 800, 'b': 2600, 'c': 450}
 RATES = {'a': (5e-3, 1.5e-3), 'b': (5e-3, 1.5e-3), 'c': (1e-3, 4e-4)}
 STAGES = {'small': 'ab', 'base': 'abc'}
 
