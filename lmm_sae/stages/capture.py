@@ -35,6 +35,7 @@ from lmm_sae.lmm import folders
 # Weights above this run in one process on all cores: their matrices are large
 # enough for threads, and a copy a core would not fit the memory.
 SMALL_BYTES = 256 * 2**20
+MAX_PROCESSES = 16  # each takes about half a GB for torch alone
 
 Task = tuple[str, int]  # (split, group)
 
@@ -112,7 +113,9 @@ def run(config: ConfigDict, workdir: Workdir) -> None:
     return
   sizes = {split.name: len(split.rows) for split in open_splits(job.data)}
   small = job.lmm.device == 'cpu' and folders.size(folder) <= SMALL_BYTES
-  count = (job.lmm.threads or host.cores()) if small else 1
+  groups = sum(math.ceil(size / job.capture.group) for size in sizes.values())
+  cores = job.lmm.threads or host.cores()
+  count = min(cores, groups, MAX_PROCESSES) if small else 1
   with _processes(job, count, threads=1 if small else 0) as (about, make):
     facts = about()
     stores = {
