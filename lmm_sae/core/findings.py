@@ -110,6 +110,13 @@ class Findings:
     scored = self.scored(latent, explainer).get('right', {})
     return bool(scored[''].value) if '' in scored else None
 
+  def stands_for(self, latent: int) -> Concept | None:
+    """The latent's concept, if it stands for one: F1 > .2 on half A."""
+    truth = self.concepts.get(latent)
+    if truth is None or not truth.concept or truth.f1_a <= concepts.MIN_F1:
+      return None
+    return truth
+
   @functools.cached_property
   def scorers(self) -> tuple[str, ...]:
     """The scorers of this layer, by name."""

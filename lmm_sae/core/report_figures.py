@@ -1,5 +1,6 @@
 """The headline figures as the report's page shows them, beside baselines."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -136,6 +137,8 @@ def _figure(
     end for one, _ in points for end in (one['value'], *(one['ci'] or ()))
   ]
   high = max([top or figure['n'] or 1, *ends])
+  if high > 1 and top:
+    high = 10 * math.ceil(high / 10)
   low = min([0.0, *ends])
   return made | {
     'text': number(figure['value']),

@@ -65,7 +65,7 @@ def columns(findings: Findings, latents: list[int]) -> dict[str, list]:
 
   for latent in latents:
     said = findings.main(latent)
-    truth = findings.concepts.get(latent)
+    truth = findings.stands_for(latent)
     scored = findings.scored(latent, first)
     iou = scored.get(findings.iou_scorer, {})
     clip = scored.get('clip', {})
@@ -96,14 +96,25 @@ def _value(scored: dict, *names: str) -> float | None:
 
 
 def first_look(fields: dict[str, list], count: int = 12) -> list[int]:
-  """Rows for the overview: the best explained latents, no two of one kind."""
+  """Rows for the overview: the best explained latents, no two of one kind.
+
+  Those that are known to name their concept come first, then by IoU.
+  """
   best = 'iou' if any(v is not None for v in fields['iou']) else 'clip'
   rows = [
     row
     for row, outcome in enumerate(fields['outcome'])
-    if outcome == 'explained' and 'wrong' not in fields['flags'][row]
+    if outcome == 'explained'
+    and fields['rate'][row] > 0
+    and 'wrong' not in fields['flags'][row]
   ]
-  rows.sort(key=lambda row: (-(fields[best][row] or 0), row))
+  rows.sort(
+    key=lambda row: (
+      'right' not in fields['flags'][row],
+      -(fields[best][row] or 0),
+      row,
+    )
+  )
   seen: set[str] = set()
   picked = []
   for row in rows:

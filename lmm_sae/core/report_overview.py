@@ -220,7 +220,7 @@ def _facts(
 ) -> list[dict[str, str]]:
   meta, first = stores[found[0].split].meta, found[0].index.meta
   facts = [
-    _fact('Subject', model, f'images by {meta.image_backend}'),
+    _fact('Subject', model, f'{meta.grid[0]} × {meta.grid[1]} patches'),
     _fact(
       'Decoder layer' if len(found) == 1 else 'Decoder layers',
       ', '.join(str(one.layer) for one in found),

@@ -41,6 +41,8 @@ const fmt = {
     if (size !== 0 && size < 0.001) return value.toExponential(1);
     return value.toFixed(size >= 100 ? 0 : size >= 10 ? 1 : digits);
   },
+  /** Three digits that count: for activations, whose scale is any. */
+  sig: (value) => (known(value) ? String(Number(value.toPrecision(3))) : '–'),
   percent(value) {
     if (!known(value)) return '–';
     const share = value * 100;

@@ -124,7 +124,9 @@ function scoresOf(fields, i) {
   add('IoU', fields.iou[i], fields.iou_base[i]);
   add('CLIP', fields.clip[i], fields.clip_base[i]);
   list.push(h('div', null, h('dt', null, 'fires on '),
-    h('dd', null, h('b', null, fmt.percent(fields.rate[i])))));
+    h('dd', null, fields.rate[i]
+      ? [h('b', null, fmt.percent(fields.rate[i])), ' of images']
+      : 'no image')));
   return list;
 }
 
@@ -171,7 +173,7 @@ const COLUMNS = [
   ['CLIP', 'clip', (f, i) => versus(f.clip[i], f.clip_base[i])],
   ['F1', 'f1', (f, i) => fmt.num(f.f1[i])],
   ['Fires on', 'rate', (f, i) => fmt.percent(f.rate[i])],
-  ['Peak', 'peak', (f, i) => fmt.num(f.peak[i])],
+  ['Peak', 'peak', (f, i) => fmt.sig(f.peak[i])],
 ];
 
 function tableHead() {

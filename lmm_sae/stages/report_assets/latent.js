@@ -45,7 +45,7 @@ function exemplarList(detail, samples) {
     const info = pictureOf(samples, run.split, one.s);
     return h('li', null, h('figure', null,
       picture(samples, run.split, one.s, heat, look.mode),
-      h('figcaption', null, h('b', null, fmt.num(one.x, 3)),
+      h('figcaption', null, h('b', null, fmt.sig(one.x)),
         ` mean, ${run.split} ${one.s}`,
         info && info.alt.includes(':') &&
           [h('br'), info.alt.slice(info.alt.indexOf(':') + 2)],
@@ -59,7 +59,7 @@ function exemplarList(detail, samples) {
     tiles && toggle('Which tokens', [['base', 'Base view'], ['tiles', 'Tiles']],
       look.view, (view) => { look.view = view; draw(); }),
     h('span', { class: 'ramp' }, 'faint', h('i', { 'aria-hidden': 'true' }),
-      `peak ${fmt.num(detail.stats.peak_image)}`));
+      `peak ${fmt.sig(detail.stats.peak_image)}`));
   draw();
   return detail.exemplars.length
     ? [tools, list]
@@ -72,7 +72,7 @@ function shaded({ tokens, acts, at }) {
   const shown = (token) => token.replace(/\n/g, '⏎');
   return h('p', { class: 'said-text' }, tokens.map((token, i) => {
     if (!(acts[i] > 0)) return shown(token);
-    return h('mark', { class: i === at ? 'peak' : null, title: fmt.num(acts[i]),
+    return h('mark', { class: i === at ? 'peak' : null, title: fmt.sig(acts[i]),
       style: `--heat: ${(0.12 + 0.68 * acts[i] / top).toFixed(2)}` },
     shown(token));
   }));
@@ -83,7 +83,7 @@ function contexts(texts) {
     return h('p', { class: 'not-run' }, 'This latent fires on no text token.');
   }
   return h('ul', { class: 'contexts panel' }, texts.map((one) => h('li', null,
-    h('span', { class: 'num small soft' }, fmt.num(one.x)), shaded(one))));
+    h('span', { class: 'num small soft' }, fmt.sig(one.x)), shaded(one))));
 }
 
 function statPanel(detail) {
@@ -95,8 +95,8 @@ function statPanel(detail) {
     h('dl', { class: 'stats' },
       pair('Fires on images', fmt.percent(stats.images_share)),
       pair('Fires on tokens', fmt.percent(stats.rows_share)),
-      pair('Peak', fmt.num(stats.peak)),
-      pair('Mean when firing', fmt.num(stats.mean)),
+      pair('Peak', fmt.sig(stats.peak)),
+      pair('Mean when firing', fmt.sig(stats.mean)),
       truth && pair('Best concept', truth.concept || '–'),
       truth && pair('F1, A then B',
         `${fmt.num(truth.f1_a)}, ${fmt.num(truth.f1_b)}`),

@@ -108,8 +108,20 @@ async function showSteering(view) {
   return 'Steering';
 }
 
-function effectBars(latents, layer) {
-  const top = Math.max(...latents.flatMap((one) =>
+const FIRST = 8; // latents shown of an answer before the rest is asked for
+
+/** The strongest latents of an answer; the others behind a summary. */
+function effectList(latents, layer) {
+  const rest = latents.slice(FIRST);
+  const scale = latents.slice(0, FIRST);
+  return [effectBars(scale, layer, scale), rest.length > 0 &&
+    h('details', { class: 'numbers' },
+      h('summary', null, `${rest.length} more`),
+      effectBars(rest, layer, scale))];
+}
+
+function effectBars(latents, layer, scale) {
+  const top = Math.max(...scale.flatMap((one) =>
     [Math.abs(one.effect), Math.abs(one.exact || 0)]), 1e-9);
   const place = (value) => 50 + 50 * value / top;
   return h('div', { class: 'effects' }, latents.map((one) => {
@@ -151,7 +163,7 @@ function causeCase(one, samples) {
       h('p', { class: 'small soft' },
         `“${one.answer}” rather than “${one.baseline}”`),
       one.words.length > 0 && heatWords(one.words),
-      effectBars(one.latents, one.layer)));
+      effectList(one.latents, one.layer)));
 }
 
 async function showCauses(view) {
