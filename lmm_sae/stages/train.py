@@ -169,8 +169,9 @@ class StepLog:
   """Lines of metrics.jsonl, each written while the next step runs.
 
   Fetching the numbers of a step waits for it, so those of step n are fetched
-  once step n + 1 is under way. `rows_per_s` and `input_wait_share` are of the
-  time between two fetches.
+  once step n + 1 is under way. `rows_per_s` is of the time between two fetches;
+  `input_wait_share` is the share of it spent fetching rows, which bounds from
+  above what a step waits for them: the step before is still running then.
   """
 
   def __init__(self, out: records.Appender, layer: int, rows: int):
@@ -182,7 +183,7 @@ class StepLog:
     self._wait_s = 0.0
 
   def waited(self, seconds: float) -> None:
-    """Counts time in which the step had to wait for rows."""
+    """Counts time spent fetching rows."""
     self._wait_s += seconds
 
   def add(self, step: int, numbers: dict[str, jax.Array]) -> None:
