@@ -38,7 +38,7 @@ const fmt = {
     if (!known(value)) return '–';
     if (Number.isInteger(value) && Math.abs(value) >= 10) return fmt.int(value);
     const size = Math.abs(value);
-    if (size !== 0 && size < 0.001) return value.toExponential(1);
+    if (size !== 0 && size < 0.1) return value.toFixed(3);
     return value.toFixed(size >= 100 ? 0 : size >= 10 ? 1 : digits);
   },
   /** Three digits that count: for activations, whose scale is any. */
