@@ -46,23 +46,23 @@ class Grounder(Protocol):
 class PatchRule:
   """How CLIP's patches are compared with a phrase.
 
-  A patch shows the phrase if cos(patch, phrase) exceeds the mean of
-  cos(patch, neutral) over the neutral texts by more than the threshold.
+  A patch shows the phrase if cos(patch, phrase), less the mean of
+  cos(patch, neutral) over the neutral texts, exceeds the threshold.
 
   Attributes:
     patch_embedding: `value`: the last layer's value and output projections
       alone, without mixing of patches (MaskCLIP, arXiv 2112.01071);
       `last_hidden`: the last hidden state, for a CLIP trained patch by patch.
     template: what a phrase is put into.
-    neutral: texts that fit any patch.
+    neutral: texts that fit any patch; (): nothing is subtracted.
     scales: the image is also seen in s x s crops for every s; maps are averaged
       on the finest grid.
   """
 
-  patch_embedding: str = 'value'
-  threshold: float = 0.02
-  template: str = 'a photo of a {}.'
-  neutral: tuple[str, ...] = ('a photo of something.', 'a background.')
+  patch_embedding: str
+  threshold: float
+  template: str = '{}'
+  neutral: tuple[str, ...] = ()
   scales: tuple[int, ...] = (1,)
 
   def __post_init__(self):
@@ -71,6 +71,16 @@ class PatchRule:
         f'judge.json: patch_embedding {self.patch_embedding!r} is neither '
         'value nor last_hidden'
       )
+
+
+# For a CLIP that comes without a rule.
+MASK_CLIP = PatchRule(
+  patch_embedding='value',
+  threshold=0.02,
+  template='a photo of a {}.',
+  neutral=('a photo of something.', 'a background.'),
+  scales=(1, 2),
+)
 
 
 class Clip:
@@ -84,9 +94,7 @@ class Clip:
       image_processing_pil_clip.CLIPImageProcessorPil.from_pretrained(path)
     )
     rule = path / 'judge.json'
-    fields = json.loads(rule.read_text()) if rule.exists() else {}
-    fields |= {k: tuple(v) for k, v in fields.items() if isinstance(v, list)}
-    self.rule = PatchRule(**fields)
+    self.rule = _rule(rule) if rule.exists() else MASK_CLIP
 
   @torch.no_grad()
   def score(
@@ -117,10 +125,11 @@ class Clip:
     rule = self.rule
     patch_IHWD = self._patches(images)
     phrase_BD = self._texts([rule.template.format(p) for p in phrases])
-    neutral_D = self._texts(rule.neutral).mean(0)
+    if rule.neutral:
+      phrase_BD = phrase_BD - self._texts(rule.neutral).mean(0)
     found = []
     for at, text_D in zip(index, phrase_BD, strict=True):
-      heat_HW = patch_IHWD[at] @ (text_D - neutral_D)
+      heat_HW = patch_IHWD[at] @ text_D
       heat_HW = functional.interpolate(
         heat_HW[None, None],
         images[at].size[::-1],
@@ -190,6 +199,15 @@ class Clip:
     x_BPD = self.model.visual_projection(vision.post_layernorm(x_BPD[:, 1:]))
     side = round(x_BPD.shape[1] ** 0.5)
     return x_BPD.unflatten(1, (side, side))
+
+
+def _rule(path: pathlib.Path) -> PatchRule:
+  fields = json.loads(path.read_text())
+  tuples = {k: tuple(v) for k, v in fields.items() if isinstance(v, list)}
+  try:
+    return PatchRule(**fields | tuples)
+  except TypeError as error:
+    raise ValueError(f'{path}: {error}') from error
 
 
 def _crops(image: Image.Image, scale: int) -> list[Image.Image]:

@@ -132,7 +132,7 @@ def test_masks_are_as_large_as_their_images(
 
 def test_the_last_hidden_patches_are_those_of_the_model(folder, pictures):
   clip = judges.Clip(folder)
-  clip.rule = judges.PatchRule('last_hidden', scales=(1,))
+  clip.rule = judges.PatchRule('last_hidden', 0.0)
   pixels = clip._pixels(pictures[:1])
   with torch.no_grad():
     got_HWD = clip._patch_embeddings(pixels)[0]
@@ -148,10 +148,10 @@ def test_crops_of_a_scale_lie_where_they_were_cut(folder):
   clip = judges.Clip(folder)
   rng = np.random.default_rng(0)
   image = Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8))
-  clip.rule = judges.PatchRule(scales=(2,))
+  clip.rule = judges.PatchRule('value', 0.0, scales=(2,))
   with torch.no_grad():
     whole_HWD = clip._patches([image])[0]
-    clip.rule = judges.PatchRule(scales=(1,))
+    clip.rule = judges.PatchRule('value', 0.0)
     right_HWD = clip._patches([image.crop((16, 0, 32, 16))])[0]
   assert whole_HWD.shape == (8, 8, 10)
   torch.testing.assert_close(whole_HWD[:4, 4:], right_HWD)
@@ -159,14 +159,19 @@ def test_crops_of_a_scale_lie_where_they_were_cut(folder):
 
 def test_the_rule_is_read_from_the_folder(tmp_path):
   path = save_clip(tmp_path / 'clip')
+  assert judges.Clip(path).rule == judges.MASK_CLIP
   rule = {'patch_embedding': 'last_hidden', 'threshold': 0.5, 'scales': [1, 2]}
   (path / 'judge.json').write_text(json.dumps(rule))
   assert judges.Clip(path).rule == judges.PatchRule(
     'last_hidden', 0.5, scales=(1, 2)
   )
-  (path / 'judge.json').write_text('{"patch_embedding": "first"}')
-  with pytest.raises(ValueError, match="'first'"):
-    judges.Clip(path)
+  for bad, says in (
+    ({'patch_embedding': 'first', 'threshold': 1}, "'first'"),
+    ({'patch_embedding': 'value'}, 'threshold'),
+  ):
+    (path / 'judge.json').write_text(json.dumps(bad))
+    with pytest.raises(ValueError, match=says):
+      judges.Clip(path)
 
 
 def test_clipseg_gives_a_mask_a_pair(tmp_path, pictures):
