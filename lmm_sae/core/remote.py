@@ -9,6 +9,7 @@ Nothing here knows of torch: bodies are `core.wire`, the answers numpy.
 """
 
 import dataclasses
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -23,6 +24,9 @@ from lmm_sae.core.tokens import ARRAYS, TokenMap
 
 # {layer: peak activation of a latent, by index}; an array [M] or a dict.
 Peaks = Mapping[int, Mapping[int, float] | np.ndarray]
+
+
+logging.getLogger('httpx').setLevel(logging.WARNING)  # a line a request
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,10 +1,11 @@
 """Asks a larger LMM what the exemplars of each latent have in common.
 
 Each latent's strongest images, dimmed where it is silent, go in one message to
-an OpenAI-compatible server; the answer is shortened to a label and sorted into
-a category by the same model. Appends explanations.jsonl, one line a latent;
-run it again and only what is missing or failed is asked. Run it with another
-explain.model and a second explainer stands beside the first.
+an OpenAI-compatible server; an answer of more than five words is shortened to a
+label, and the label sorted into a category, by the same model. Appends
+explanations.jsonl, one line a latent; run it again and only what is missing or
+failed is asked. Run it with another explain.model and a second explainer stands
+beside the first.
 """
 
 import collections
@@ -28,6 +29,7 @@ from lmm_sae.core.workdir import Workdir
 
 FILE = 'explanations.jsonl'
 CATEGORIES = ('scene', 'object', 'part', 'material', 'texture', 'colour')
+LABEL_WORDS = 5  # a text of no more is a label, as the refine prompt has it
 AHEAD = 4  # latents begun a thread before the first of them must be done
 WARNINGS = 5  # failures told one by one; all are counted
 IMAGES = 256  # small images kept in memory
@@ -209,9 +211,7 @@ class Explainer:
       outcome, text = read(answer)
       if outcome == 'no_pattern':
         return made(outcome=outcome, **nothing)
-      label = tidy(self._chat.ask(prompts.fill('refine', text=text)).text)
-      if not label:
-        raise ChatError('the refiner gave no label')
+      label = self._label(text)
       kind = self._chat.ask(prompts.fill('category', label=label)).text
     except ChatError as error:
       logging.log_first_n(
@@ -221,6 +221,15 @@ class Explainer:
     return made(
       outcome=outcome, text=text, label=label, category=category(kind)
     )
+
+  def _label(self, text: str) -> str:
+    """The text where it is short already, else what the refiner makes of it."""
+    if len(text.split()) > LABEL_WORDS:
+      text = self._chat.ask(prompts.fill('refine', text=text)).text
+    label = tidy(text)
+    if not label:
+      raise ChatError('there is no label')
+    return label
 
   def _fate(self, latent: int) -> str:
     """The outcome that needs no asking; '' where the explainer is asked."""

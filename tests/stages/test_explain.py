@@ -23,7 +23,7 @@ def see(request: dict) -> str:
   """What a good explainer says: the colour of the bright patches."""
   text = text_of(request)
   if text.startswith('Shorten'):
-    return f' "{text.rsplit(": ", 1)[1]}." \n'
+    return f' "{text.rsplit(" ", 1)[1]}." \n'
   if text.startswith('Which kind'):
     return 'It is a Color.' if 'red' in text or 'blue' in text else 'dunno'
   if '<<' in text:
@@ -36,7 +36,10 @@ def see(request: dict) -> str:
   seen = [
     word for word, bright in (('red', red), ('blue', blue)) if bright.any()
   ]
-  return f'CONCEPT: {seen[0]}' if len(seen) == 1 else 'CONCEPT: none'
+  if len(seen) != 1:
+    return 'CONCEPT: none'
+  long = 'what is bright here is blue'
+  return f'CONCEPT: {long if seen == ["blue"] else "red"}.'
 
 
 @pytest.fixture
@@ -83,11 +86,12 @@ def test_every_latent_has_a_line_with_its_fate(config, workdir, server):
   ]
   assert [line.text for line in lines[:4]] == [
     'red',
-    'blue',
+    'what is bright here is blue',
     '',
     'the word red',
   ]
-  assert [line.label for line in lines] == [line.text for line in lines]
+  labels = [line.label for line in lines]
+  assert labels == ['red', 'blue', '', 'the word red', '', '', '']
   assert [line.category for line in lines[:4]] == [
     'colour',
     'colour',
