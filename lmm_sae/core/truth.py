@@ -55,12 +55,10 @@ def mask(
 ) -> np.ndarray:
   """Pixels of the regions of which every one of the named concepts holds."""
   wanted = set(named)
-  regions = [
-    int(region)
-    for region, names in sample.truth['concepts'].items()
-    if wanted and wanted <= set(names)
-  ]
-  return np.isin(regions_HW, regions)
+  inside = np.zeros(256, bool)  # region ids are uint8
+  for region, names in sample.truth['concepts'].items():
+    inside[int(region)] = bool(wanted) and wanted <= set(names)
+  return inside[regions_HW]
 
 
 def coverage(

@@ -240,6 +240,18 @@ class Bench:
       self._named(label),
     )
 
+  def fires(self, latent: int, sample: int) -> tuple[np.ndarray, np.ndarray]:
+    """Pixels that the explainer saw lit, and the paper's mask; bool [H, W]."""
+    about = self.view.store.sample(sample)
+    size = (about.width, about.height)
+    heat_HW = self.view.heat(sample, latent)
+    peak = float(self.index.stats['peak_base'][latent])
+    fires_HW = heat_HW >= self.index.meta.threshold
+    return (
+      masks.upsample(masks.lit(heat_HW, peak, self.lit), size, 'exact'),
+      masks.upsample(fires_HW, size, 'paper'),
+    )
+
   def _concepts(self, label: str) -> list[str]:
     return [name for name in self.names if concepts.says(label, name)]
 
@@ -338,37 +350,29 @@ def judge(
 ) -> Iterator[tuple[Case, dict[str, list[float]]]]:
   """Each case with the values of all scorers, one a sample."""
   pairs = sorted({(s, c.label) for c in cases for s in c.samples})
-  found, fit = {}, {}
+  areas, fits = {}, {}  # by pair: masks as bits, `iou` and `iou_exact`; cosines
   for at in range(0, len(pairs), PAIRS):
     some = pairs[at : at + PAIRS]
     images = [bench.image(sample) for sample, _ in some]
     labels = [label for _, label in some]
-    areas = bench.client.ground(images, labels, bench.opts.box_threshold)
-    scores = bench.client.clip(images, labels).tolist()
-    for pair, area_HW, score in zip(some, areas, scores, strict=True):
-      found[pair] = np.packbits(area_HW)
-      fit[pair] = score
+    found = bench.client.ground(images, labels, bench.opts.box_threshold)
+    fits |= zip(some, bench.client.clip(images, labels).tolist(), strict=True)
+    for pair, area_HW in zip(some, found, strict=True):
+      areas[pair] = {'iou': np.packbits(area_HW)}
+      if bench.names:
+        areas[pair]['iou_exact'] = np.packbits(bench.named(*pair))
+  fires = functools.cache(bench.fires)
   for case in cases:
     values = {'iou': [], 'iou_paper': [], 'clip': [], 'iou_exact': []}
-    peak = float(bench.index.stats['peak_base'][case.latent])
     for sample in case.samples:
-      width, height = bench.image(sample).size
-      bits = found[sample, case.label]
-      area_HW = np.unpackbits(bits, count=width * height).astype(bool)
-      area_HW = area_HW.reshape(height, width)
-      heat_HW = bench.view.heat(sample, case.latent)
-      lit_HW = masks.upsample(
-        masks.lit(heat_HW, peak, bench.lit), (width, height), 'exact'
-      )
-      fires_HW = masks.upsample(
-        heat_HW >= bench.index.meta.threshold, (width, height), 'paper'
-      )
-      values['iou'].append(masks.iou(area_HW, lit_HW))
-      values['iou_paper'].append(masks.iou(area_HW, fires_HW))
-      values['clip'].append(fit[sample, case.label])
-      if bench.names:
-        named_HW = bench.named(sample, case.label)
-        values['iou_exact'].append(masks.iou(named_HW, lit_HW))
+      lit_HW, paper_HW = fires(case.latent, sample)
+      for scorer, bits in areas[sample, case.label].items():
+        area_HW = np.unpackbits(bits, count=lit_HW.size).astype(bool)
+        area_HW = area_HW.reshape(lit_HW.shape)
+        values[scorer].append(masks.iou(area_HW, lit_HW))
+        if scorer == 'iou':
+          values['iou_paper'].append(masks.iou(area_HW, paper_HW))
+      values['clip'].append(fits[sample, case.label])
     yield case, values
 
 
