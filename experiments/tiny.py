@@ -13,7 +13,8 @@ def get_config() -> ConfigDict:
   config = base.get_config()
   config.capture.max_tokens = 512
   config.train.lr = 3e-3  # the paper's rule is for 10 times the steps and more
-  config.train.steps = 800
-  config.sae.dead_after = 50_000  # of some 1.6 million rows seen
+  config.sae.k = 16
+  config.train.steps = 600
+  config.sae.dead_after = 50_000  # of some 1.2 million rows seen
   config.sae.aux = 32
   return config

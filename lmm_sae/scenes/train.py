@@ -38,7 +38,7 @@ DENSE = 1.0  # weight of the patch loss after stage A
 VISION = 0.8  # the ViT's share of the learning rate after stage A
 
 
-STEPS = {'a': 800, 'b': 2600, 'c': 450}
+STEPS = {'a': 800, 'b': 2600, 'c': 350}
 RATES = {'a': (5e-3, 1.5e-3), 'b': (5e-3, 1.5e-3), 'c': (1e-3, 4e-4)}
 STAGES = {'small': 'ab', 'base': 'abc'}
 
