@@ -11,10 +11,14 @@ from experiments import base
 def get_config() -> ConfigDict:
   """2 cores, a few minutes."""
   config = base.get_config()
+  config.data.train = 1600
   config.capture.max_tokens = 512
+  config.capture.group = 64  # fills one shard, and both cores evenly
   config.train.lr = 3e-3  # the paper's rule is for 10 times the steps and more
   config.sae.k = 16
   config.train.steps = 600
   config.sae.dead_after = 50_000  # of some 1.2 million rows seen
   config.sae.aux = 32
+  config.attribute.samples = 40
+  config.attribute.mistakes = 16
   return config
