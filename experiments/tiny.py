@@ -15,6 +15,7 @@ def get_config() -> ConfigDict:
   config.capture.max_tokens = 512
   config.capture.group = 64  # fills one shard, and both cores evenly
   config.train.lr = 3e-3  # the paper's rule is for 10 times the steps and more
+  config.sae.latents = 512
   config.sae.k = 16
   config.train.steps = 600
   config.sae.dead_after = 50_000  # of some 1.2 million rows seen
