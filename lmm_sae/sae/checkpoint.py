@@ -71,7 +71,7 @@ class Checkpoints:
   Args:
     path: sae/<layer>.
     keep: checkpoints that stay; then what a killed save left behind is removed
-      too. None to read alone.
+      too, before the next save at the latest. None to read alone.
   """
 
   def __init__(self, path: str | os.PathLike, keep: int | None = None):

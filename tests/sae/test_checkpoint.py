@@ -74,6 +74,8 @@ def test_what_a_killed_save_left_is_no_checkpoint(tmp_path, state):
   assert torn.exists()
   with Checkpoints(tmp_path, keep=2) as checkpoints:
     assert checkpoints.latest == 5
+    checkpoints.save(state, Note(10, SETTINGS, DATA))  # waits for the cleaning
+    assert checkpoints.latest == 10
   assert not torn.exists()
 
 
