@@ -9,11 +9,13 @@ concepts.
 import dataclasses
 import json
 import re
+from collections.abc import Container, Iterable
 
 from lmm_sae.core.workdir import Workdir
 
 FILE = 'concepts.json'
 MIN_F1 = 0.2  # below it on half A a latent is said to stand for nothing
+OBJECTS = 0.8  # share of its firings on objects that makes a latent theirs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +46,18 @@ def load(workdir: Workdir, layer: int) -> list[Concept]:
   table = _table(workdir).get(str(layer), [])
   names = [field.name for field in dataclasses.fields(Concept)]
   return [Concept(**{name: row[name] for name in names}) for row in table]
+
+
+def of_objects(
+  table: Iterable[Concept], explained: Container[int]
+) -> list[Concept]:
+  """The rows that explanations are held against: explained latents that speak
+  of objects and stand for something, both fixed on half A."""
+  return [
+    row
+    for row in table
+    if row.objects >= OBJECTS and row.f1_a > MIN_F1 and row.latent in explained
+  ]
 
 
 def neurons(workdir: Workdir, layer: int) -> int | None:

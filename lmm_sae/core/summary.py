@@ -32,7 +32,6 @@ from lmm_sae.core.workdir import Workdir
 Figure = dict[str, Any]
 
 NO_TRUTH = 'the images of this run have no known masks and labels'
-OBJECTS = 0.8  # share of the firings that lie on objects
 
 BASELINES = {
   'clean_concepts': ('clean_concepts_neurons',),
@@ -147,13 +146,7 @@ def _right(
   truth: list[concepts.Concept], texts: dict[int, str]
 ) -> dict[str, Figure]:
   """The share of explanations that name the concept, and by other texts."""
-  chosen = [
-    row
-    for row in truth
-    if row.objects >= OBJECTS
-    and row.f1_a > concepts.MIN_F1
-    and row.latent in texts
-  ]
+  chosen = concepts.of_objects(truth, texts)
   reason = NO_TRUTH if not truth else 'no such latent has an explanation'
   right_SS = [
     [concepts.says(texts[other.latent], row.concept) for other in chosen]

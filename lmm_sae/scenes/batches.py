@@ -291,11 +291,6 @@ def _lit(scene: Scene, fixed: dict[str, str], rng: np.random.Generator):
   thing = scene.objects[agree[0]]
   if len(agree) > 1 and rng.random() < 0.1:
     agree = agree[:1]
-  elif len(agree) > 1:
-    both = questions.shared([scene.objects[i] for i in agree])
-    thing = dataclasses.replace(thing)
-    if both != thing.phrase:  # two objects lit: only what they share is asked
-      agree = agree if len(fixed) else agree[:1]
   return scene, questions.mask(scene, agree, rng), thing, False
 
 

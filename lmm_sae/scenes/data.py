@@ -1,7 +1,5 @@
 """The scenes as a data source: items whose truth is known exactly."""
 
-from collections.abc import Iterator
-
 import numpy as np
 from PIL import Image
 
@@ -34,8 +32,3 @@ def sample(split: str, seed: int, number: int) -> Item:
     regions_HW=scene.regions_HW,
     concepts=concepts,
   )
-
-
-def samples(split: str, seed: int, count: int) -> Iterator[Item]:
-  """The first `count` scenes of a split."""
-  return (sample(split, seed, number) for number in range(count))

@@ -13,14 +13,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def vision(tower, pixels_B3HW: Tensor, layers: int | None = None) -> Tensor:
-  """Hidden states [B, 1 + P, D] after `layers` ViT layers; None: all but one.
+def vision(tower, pixels_B3HW: Tensor) -> Tensor:
+  """Hidden states [B, 1 + P, D] after all ViT layers but the last.
 
-  All but one is what the LMM reads (`vision_feature_layer` -2).
+  That is what the LMM reads (`vision_feature_layer` -2).
   """
   x = tower.pre_layrnorm(tower.embeddings(pixels_B3HW))
-  layers = len(tower.encoder.layers) - 1 if layers is None else layers
-  for layer in tower.encoder.layers[:layers]:
+  for layer in tower.encoder.layers[:-1]:
     x = vision_layer(layer, x)
   return x
 

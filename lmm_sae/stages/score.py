@@ -39,7 +39,6 @@ from lmm_sae.sae import checkpoint
 from lmm_sae.sae.baseview import BaseView
 
 FILE = 'scores.jsonl'
-OBJECTS = 0.8  # share of its firings on objects that makes a latent theirs
 BLOCK = 128  # latents whose pairs of image and text are judged together
 PAIRS = 256  # of a request
 IMAGES = 256  # images, and region maps, kept in memory
@@ -181,13 +180,7 @@ def right(
   An explanation that was not had does not name it.
   """
   by_latent = {e.latent: e for e in explained}
-  chosen = [
-    row
-    for row in table
-    if row.objects >= OBJECTS
-    and row.f1_a > concepts.MIN_F1
-    and row.latent in by_latent
-  ]
+  chosen = concepts.of_objects(table, by_latent)
   texts = [by_latent[row.latent].text for row in chosen]
   lines = []
   for i, row in enumerate(chosen):
