@@ -119,6 +119,7 @@ def get_config() -> ConfigDict:
       },
       'attribute': {
         'samples': 60,  # answers of half B that are attributed
+        'points': 4,  # where gradients are taken: 1: at the residual alone
         'top': 12,  # latents re-checked by exact ablation
         'mistakes': 30,  # wrong answers that are mended by rule
         'max_new_tokens': 12,  # of an answer

@@ -11,15 +11,19 @@ from experiments import base
 def get_config() -> ConfigDict:
   """2 cores, a few minutes."""
   config = base.get_config()
-  config.data.train = 1600
+  config.data.train = 1200
   config.capture.max_tokens = 512
   config.capture.group = 64  # fills one shard, and both cores evenly
   config.train.lr = 3e-3  # the paper's rule is for 10 times the steps and more
-  config.sae.latents = 512
+  # of 6: above it, questions have read the picture, and edits come too late
+  config.lmm.layers = (1,)
+  config.sae.latents = 256
   config.sae.k = 16
-  config.train.steps = 600
+  config.train.steps = 500
   config.sae.dead_after = 50_000  # of some 1.2 million rows seen
   config.sae.aux = 32
+  config.steer.candidates = 3
+  config.steer.doses = (1.0, 2.0, 4.0, 8.0)
   config.attribute.samples = 40
   config.attribute.mistakes = 16
   return config

@@ -14,9 +14,9 @@ STALL_S = 2.0
 
 
 def text_of(request: dict) -> str:
-  """The text of the one user message."""
+  """What the one user message asks, after its pictures."""
   (message,) = request['messages']
-  return next(p['text'] for p in message['content'] if p['type'] == 'text')
+  return message['content'][-1]['text']
 
 
 class FakeChat:

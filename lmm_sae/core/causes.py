@@ -1,9 +1,10 @@
 """What each latent did to one answer, and how such a price is made.
 
 An answer is won by the logit of its first token over the runner-up's. Removing
-latent j from token t changes that margin by z[t, j] * <grad[t], W_dec[j]> in
-first order: one forward and one backward price every latent at every token.
-Positive: the latent pushed the answer.
+latent j from token t changes that margin by some z[t, j] * <grad[t], W_dec[j]>,
+where grad is the mean over a few points of the path on which all latents come
+in (one point: the first order alone). So a few forwards and backwards price
+every latent at every token. Positive: the latent pushed the answer.
 """
 
 import dataclasses

@@ -24,7 +24,7 @@ import openai
 from absl import logging
 from PIL import Image
 
-from lmm_sae.core import records, wire
+from lmm_sae.core import prompts, records, wire
 
 LONGEST_PAUSE_S = 30.0
 REFUSALS = 8  # requests refused at the start, and none answered, end the run
@@ -239,11 +239,15 @@ class _Counts:
 
 
 def _content(text: str, images: Sequence[Image.Image]) -> list[dict[str, Any]]:
-  pictures = [
-    {'type': 'image_url', 'image_url': {'url': _data_url(image)}}
-    for image in images
-  ]
-  return [*pictures, {'type': 'text', 'text': text}]
+  """Pictures, numbered where there are several, then the text."""
+  parts: list[dict[str, Any]] = []
+  for number, image in enumerate(images, 1):
+    if len(images) > 1:
+      name = prompts.fill('picture', n=number)
+      parts.append({'type': 'text', 'text': name})
+    url = _data_url(image)
+    parts.append({'type': 'image_url', 'image_url': {'url': url}})
+  return [*parts, {'type': 'text', 'text': text}]
 
 
 def _data_url(image: Image.Image) -> str:

@@ -1,6 +1,6 @@
 """What each latent stands for, where the truth is known: WORKDIR/concepts.json.
 
-The `score` stage writes {layer: [one dict a latent], 'neurons': {layer: clean
+The `index` stage writes {layer: [one dict a latent], 'neurons': {layer: clean
 concepts among the raw neurons}, 'counted': [concepts of objects]}; steer,
 attribute and report read it here. A run without truth has no such file, and no
 concepts.

@@ -15,7 +15,7 @@ NONE = 'none'
 @functools.cache
 def load(name: str) -> str:
   """The prompt of that name: explain, explain_text, refine, category, detect,
-  intruder or visible."""
+  intruder, picture or visible."""
   folder = importlib.resources.files('lmm_sae.core') / 'prompts'
   return (folder / f'{name}.txt').read_text(encoding='utf-8').strip()
 

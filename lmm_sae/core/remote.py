@@ -177,10 +177,13 @@ class SubjectClient:
     prompt: str,
     answer: str | int,
     baseline: str | int,
+    points: int = 1,
   ) -> dict[str, Any]:
     """Residual of the layer and the gradient of a logit difference to it.
 
     Args:
+      points: of which the gradient is the mean, on the path along which the
+        latents grow from nothing to what they are; 1: at the residual alone.
       answer, baseline: words, or token ids. Of words the first token that
         differs is compared, at the position where it would be generated: what
         they share before it is appended to the prompt.
@@ -198,6 +201,7 @@ class SubjectClient:
       'prompt': prompt,
       'answer': answer,
       'baseline': baseline,
+      'points': points,
     }
     sent = [] if image is None else [image]
     got, arrays = self._post('/gradient', header, _images(sent))

@@ -190,6 +190,7 @@ def context(
     'layers': [_layer(workdir, one, summary) for one in found],
     'made': _made(workdir),
     'seconds': _seconds(seconds) if seconds['value'] is not None else [],
+    'wall': number(seconds['value']),
   }
 
 

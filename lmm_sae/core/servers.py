@@ -149,9 +149,11 @@ class HealthServer(Server):
 
 
 def explainer(
-  folder: pathlib.Path, logs: pathlib.Path, device: str = 'cpu'
+  folder: pathlib.Path, logs: pathlib.Path, device: str, threads: int
 ) -> HealthServer:
   """`transformers serve` of a model folder, an OpenAI-compatible server.
+
+  On a CPU it has so many threads.
 
   A request must name the model as the server was told it, so it is started
   beside the folder and the name is the folder's own.
@@ -173,7 +175,12 @@ def explainer(
     url=f'http://127.0.0.1:{port}',
     model=folder.name,
     cwd=folder.parent,
-    env=os.environ | {'HF_HUB_OFFLINE': '1', 'TOKENIZERS_PARALLELISM': 'false'},
+    env=os.environ
+    | {
+      'HF_HUB_OFFLINE': '1',
+      'TOKENIZERS_PARALLELISM': 'false',
+      'OMP_NUM_THREADS': str(threads),
+    },
   )
 
 

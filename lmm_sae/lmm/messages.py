@@ -13,6 +13,7 @@ import pydantic
 from lmm_sae.core import records, remote
 
 MAX_ROWS = 4096
+MAX_POINTS = 256  # gradients of one request
 
 Peaks = dict[str, dict[str, float]]
 Word = str | int
@@ -60,6 +61,7 @@ class Gradient:
   prompt: str
   answer: Word
   baseline: Word
+  points: Annotated[int, pydantic.Field(ge=1, le=MAX_POINTS)] = 1
 
 
 @message

@@ -153,13 +153,16 @@ class Service:
     self.subject.layer(layer)
     if not edits:
       return ()
+    latents = self._sae(layer).latents
+    return edits_lib.resolve(edits, peaks.get(str(layer), {}), latents)
+
+  def _sae(self, layer: int) -> Sae:
     if layer not in self.saes:
       raise ValueError(
         f'no SAE of layer {layer} is served, only of {sorted(self.saes)}: run '
         '`lmm-sae train`, then start the server again'
       )
-    sae = self.saes[layer]
-    return edits_lib.resolve(edits, peaks.get(str(layer), {}), sae.latents)
+    return self.saes[layer]
 
   def _ask(
     self, images: _Images, questions: Sequence[tuple[int | None, str]]
@@ -207,7 +210,10 @@ class Service:
     request = messages.read(messages.Gradient, header)
     self.subject.layer(request.layer)
     asked, tokens = self._contrast(request, _Images(arrays))
-    found = forward.gradient(self.subject, asked, request.layer, tokens)
+    sae = self._sae(request.layer) if request.points > 1 else None
+    found = forward.gradient(
+      self.subject, asked, request.layer, tokens, sae, request.points
+    )
     return {
       'grid': list(asked.map.grid),
       'logits': list(found.logits),

@@ -66,7 +66,7 @@ def _plan(scenes: int):
   for _ in range(scenes // 4):
     yield lambda rng: batches.common(rng, 4, 5), ' five'
   for _ in range(scenes // 40):
-    yield lambda rng: batches.text(rng, 36), ''
+    yield lambda rng: batches.text(rng, 36, 6), ''
 
 
 def table(found: dict[str, tuple[float, int]]) -> str:

@@ -10,7 +10,7 @@ import functools
 import numpy as np
 from PIL import Image
 
-from lmm_sae.core import masks
+from lmm_sae.core import masks, prompts
 from lmm_sae.core.records import Turn
 from lmm_sae.scenes import model, questions, render
 from lmm_sae.scenes.render import Scene
@@ -23,6 +23,7 @@ HEADS = {
   'size': (None, *render.SIZES),
   'place': (None, *range(4)),
 }
+TILES = 0.6  # share of the tiles that stage A keeps, of those with an object
 CELLS = model.VIEW // model.PATCH
 
 
@@ -54,6 +55,13 @@ def _tokenizer():
 @functools.lru_cache(100_000)
 def tokens(text: str) -> tuple[int, ...]:
   return tuple(_tokenizer().backend_tokenizer.encode(text).ids)
+
+
+@functools.cache
+def names(images: int) -> np.ndarray:
+  """Token ids of the words before each of several pictures, [images, n]."""
+  numbers = range(1, images + 1)
+  return np.array([tokens(prompts.fill('picture', n=n)) for n in numbers])
 
 
 def normalise(pixels: np.ndarray) -> np.ndarray:
@@ -149,13 +157,24 @@ def _stack(pictures, tiles, images, groups) -> Batch:
 
 
 def patches(rng: np.random.Generator, scenes: int) -> Batch:
-  """Views for the dense pre-training: bases and tiles, a third dimmed."""
+  """Views for the dense pre-training: bases and tiles, a third dimmed.
+
+  Scenes are full, and tiles that show no object are left out, so that nearly
+  every view teaches something.
+  """
   pictures = []
   for _ in range(scenes):
-    scene = render.sample(rng)
+    scene = render.sample(rng, count=3)
     lit = _any_mask(scene, rng)[0] if rng.random() < 0.33 else None
     pictures.append((picture(scene, render.SIDE, lit), scene, lit))
-  return _stack(pictures, 4, 1, [])
+  whole = _stack(pictures, 4, 1, [])
+  kept = (whole.labels['name'] > 0).any(1) & (rng.random(5 * scenes) < TILES)
+  kept[::5] = True
+  return dataclasses.replace(
+    whole,
+    pixels_B3HW=whole.pixels_B3HW[kept],
+    labels={head: found[kept] for head, found in whole.labels.items()},
+  )
 
 
 def _any_mask(scene: Scene, rng: np.random.Generator):
@@ -180,7 +199,7 @@ def single(
   side = _side(tiles)
   pictures, short, detect, whole = [], [], [], []
   for _ in range(items):
-    scene = render.sample(rng)
+    scene = _rich(rng)
     pictures.append((picture(scene, side, None), scene, None))
     turns = questions.scene_turns(scene, rng)
     plain = [t for t in turns if t.type not in ('describe', 'detect')]
@@ -191,6 +210,18 @@ def single(
   if describe:
     groups.append(group(whole))
   return _stack(pictures, tiles, 1, groups)
+
+
+def _rich(rng: np.random.Generator) -> Scene:
+  """Any scene; at times a full one, or two faces, which are rare."""
+  draw = rng.random()
+  if draw > 0.15:
+    return render.sample(rng, count=3 if draw < 0.4 else None)
+  while True:
+    count = int(rng.integers(2, 4))
+    scene = render.sample(rng, {'name': 'face'}, count)
+    if sum(o.name == 'face' for o in scene.objects) == 2:
+      return scene
 
 
 def masked(rng: np.random.Generator, items: int, tiles: int) -> Batch:
@@ -209,15 +240,17 @@ def masked(rng: np.random.Generator, items: int, tiles: int) -> Batch:
 def common(rng: np.random.Generator, items: int, images: int) -> Batch:
   """Several dimmed pictures an item: what do they share, which one does not?
 
-  Each picture's own bright region is asked for as well.
+  The bright regions of two of them are asked for as well.
   """
   pictures, first, each = [], [], []
   for _ in range(items):
     shown, turn = _set(rng, images)
     first.append([turn])
     turns = []
-    for number, (scene, lit, thing, empty) in enumerate(shown):
+    for scene, lit, _, _ in shown:
       pictures.append((picture(scene, model.VIEW, lit), scene, lit))
+    for number in rng.choice(images, 2, replace=False):
+      _, _, thing, empty = shown[number]
       answer = questions.visible_turns(thing, empty)[0].answer
       question = f'what is in the bright region of picture {number + 1}?'
       turns.append(Turn('nth picture', question, answer))
@@ -294,12 +327,12 @@ def _lit(scene: Scene, fixed: dict[str, str], rng: np.random.Generator):
   return scene, questions.mask(scene, agree, rng), thing, False
 
 
-def text(rng: np.random.Generator, items: int) -> Batch:
-  """Refiner, category and (a few) text explainer turns, no picture."""
+def text(rng: np.random.Generator, items: int, texts: int) -> Batch:
+  """Refiner and category turns, and text explainer turns, no picture."""
   short = [
     questions.text_turn(rng, ('refine', 'category')[i % 2])
     for i in range(items)
   ]
-  long = [questions.text_turn(rng, 'common text') for _ in range(items // 6)]
+  long = [questions.text_turn(rng, 'common text') for _ in range(texts)]
   empty = np.zeros((0, 3, model.VIEW, model.VIEW), np.float32)
   return Batch(empty, {}, 1, 0, [group([short]), group([long])])

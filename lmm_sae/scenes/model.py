@@ -29,10 +29,9 @@ CHAT = (
   "{% if message['role'] == 'assistant' %}<|assistant|>"
   '{% else %}<|user|>{% endif %}'
   "{% if message['content'] is string %}{{ message['content'] }}"
-  "{% else %}{% for part in message['content'] if part['type'] != 'text' %}"
-  '<image>{% endfor %}'
-  "{% for part in message['content'] if part['type'] == 'text' %}"
-  "{{ part['text'] }}{% endfor %}{% endif %}"
+  "{% else %}{% for part in message['content'] %}"
+  "{% if part['type'] == 'text' %}{{ part['text'] }}"
+  '{% else %}<image>{% endif %}{% endfor %}{% endif %}'
   "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
   '{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}'
 )
@@ -74,6 +73,7 @@ def corpus() -> list[str]:
     lines += [questions.explain_turn(count, '').question] * 50
     lines += [questions.intruder_turn(count, 'red', 0).question] * 50
   lines += [prompts.load('visible')] * 50
+  lines += [prompts.fill('picture', n=n) for n in range(1, 6)] * 50
   lines += [f'{prompts.MARKER} {prompts.NONE} nothing background'] * 200
   return lines
 

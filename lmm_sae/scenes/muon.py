@@ -9,6 +9,8 @@ that its root mean square equals AdamW's (Liu et al. 2025, arXiv 2502.16982).
 import torch
 from torch import Tensor
 
+from lmm_sae.scenes.team import Team
+
 _QUINTIC = (3.4445, -4.7750, 2.0315)
 
 
@@ -26,10 +28,20 @@ def orthogonalise(x: Tensor, iterations: int = 4) -> Tensor:
 
 
 class Muon:
-  """Steps named parameters; `scale` maps a name to a factor of the rate."""
+  """Steps named parameters; `scale` maps a name to a factor of the rate.
 
-  def __init__(self, params: dict[str, Tensor], scale, decay: float = 0.02):
+  Every member of a team holds all the state and orthogonalises its share.
+  """
+
+  def __init__(
+    self,
+    params: dict[str, Tensor],
+    scale,
+    team: Team = Team(),  # noqa: B008, it is frozen
+    decay: float = 0.02,
+  ):
     self.params = params
+    self.team = team
     self.scale = {name: scale(name) for name in params}
     self.decay = decay
     self.matrices: dict[tuple, list[str]] = {}
@@ -45,6 +57,8 @@ class Muon:
   @torch.no_grad()
   def step(self, muon_rate: float, adam_rate: float) -> None:
     """One update of every parameter that has a gradient; clears gradients."""
+    share = slice(self.team.rank, None, self.team.size)
+    todo, updates_of = [], []
     for shape, names in self.matrices.items():
       names = [n for n in names if self.params[n].grad is not None]
       if not names:
@@ -54,7 +68,13 @@ class Muon:
         grad = self.params[name].grad
         self.m[name].lerp_(grad, 0.05)
         updates.append(grad.lerp(self.m[name], 0.95))
-      updates = orthogonalise(torch.stack(updates))
+      made = torch.zeros(len(names), *shape)
+      if mine := updates[share]:
+        made[share] = orthogonalise(torch.stack(mine))
+      todo.append((shape, names))
+      updates_of.append(made)
+    self.team.sum(updates_of)
+    for (shape, names), updates in zip(todo, updates_of, strict=True):
       size = 0.2 * max(shape) ** 0.5
       for name, update in zip(names, updates, strict=True):
         rate = muon_rate * self.scale[name]

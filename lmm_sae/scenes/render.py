@@ -28,7 +28,7 @@ SHAPES = ('circle', 'square', 'triangle', 'star', 'ring', 'cross')
 TEXTURES = ('solid', 'striped', 'dotted')
 EMOTIONS = ('happy', 'sad', 'angry', 'surprised')
 LETTERS = ('H', 'L', 'T', 'Z')
-SIZES = {'small': 17.0, 'large': 27.0}  # radius in pixels
+SIZES = {'small': 20.0, 'large': 28.0}  # radius in pixels
 PLACES = ('top left', 'top right', 'bottom left', 'bottom right')
 CONCEPTS = (*COLOURS, *SHAPES, 'face', *TEXTURES, *EMOTIONS, *LETTERS)
 
@@ -108,13 +108,16 @@ def sample_object(
 
 
 def sample(
-  rng: np.random.Generator, fixed: dict[str, str] | None = None
+  rng: np.random.Generator,
+  fixed: dict[str, str] | None = None,
+  count: int | None = None,
 ) -> Scene:
   """A random scene; its first object (in a random place) obeys `fixed`.
 
-  No two objects of a scene agree in colour, detail and name.
+  It has one to three objects, or `count`. No two objects of a scene agree in
+  colour, detail and name.
   """
-  count = int(rng.choice((1, 2, 3), p=(0.35, 0.4, 0.25)))
+  count = count or int(rng.choice((1, 2, 3), p=(0.35, 0.4, 0.25)))
   places = rng.permutation(4)[:count]
   objects: list[Object] = []
   for i, place in enumerate(places):

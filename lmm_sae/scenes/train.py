@@ -13,6 +13,7 @@ on from its last checkpoint, with the batches it would have seen.
 
 import argparse
 import json
+import math
 import os
 import pathlib
 import sys
@@ -24,9 +25,10 @@ from absl import logging
 from torch import Tensor
 from torch.nn import functional as F
 
-from lmm_sae.scenes import batches, lean, model
+from lmm_sae.scenes import batches, lean, model, team
 from lmm_sae.scenes.batches import Batch
 from lmm_sae.scenes.muon import Muon
+from lmm_sae.scenes.team import Team
 
 # page faults of fresh temporaries cost a fifth of a step: keep freed memory
 MALLOC = {
@@ -35,11 +37,26 @@ MALLOC = {
   'MALLOC_TOP_PAD_': '500000000',
 }
 DENSE = 1.0  # weight of the patch loss after stage A
-VISION = 0.8  # the ViT's share of the learning rate after stage A
+# Answers that say where something is come last: they weigh more from there on.
+SLOW = {'where': 4.0, 'relation': 4.0, 'nth picture': 2.0, 'intruder': 4.0}
+PICTURES = 580  # step of stage B from which several pictures are shown
+TILES = 1015  # from which pictures have tiles
+LATE = 1885  # step of stage B
+VISION = 0.25  # the ViT's share of the learning rate after stage A
 
 
-STEPS = {'a': 800, 'b': 2600, 'c': 350}
-RATES = {'a': (5e-3, 1.5e-3), 'b': (5e-3, 1.5e-3), 'c': (1e-3, 4e-4)}
+# (step, share of the peak rate): warm-up, plateau, decay. Stage B warms up once
+# more: what binds a thing to its place is learned late, and not at a low rate.
+KNOTS = {
+  'a': ((0, 0.0), (100, 1.0), (400, 1.0), (2001, 0.0)),
+  'b': (
+    *((0, 0.0), (100, 1.0), (580, 1.0)),
+    *((2297, 0.26), (2298, 0.7), (3701, 0.0)),
+  ),
+  'c': ((0, 0.0), (100, 1.0), (150, 1.0), (421, 0.0)),
+}
+STEPS = {stage: knots[-1][0] - 1 for stage, knots in KNOTS.items()}
+RATES = {'a': (7e-3, 2e-3), 'b': (3e-3, 1e-3), 'c': (1.5e-3, 5e-4)}
 STAGES = {'small': 'ab', 'base': 'abc'}
 
 
@@ -61,9 +78,9 @@ def positions(side: int, width: int) -> Tensor:
 class Trainee:
   """The model, its dense heads, its optimiser and how far it has come."""
 
-  def __init__(self, seed: int):
+  def __init__(self, seed: int, team: Team = Team()):  # noqa: B008, frozen
     torch.manual_seed(seed)
-    self.seed = seed
+    self.seed, self.team = seed, team
     self.model = model.make_model('small')
     width = model.SIZES['small'].vision_width
     total = sum(len(classes) for classes in batches.HEADS.values())
@@ -71,7 +88,7 @@ class Trainee:
     self.norm = torch.nn.LayerNorm(width)
     with torch.no_grad():
       table = self.tower.embeddings.position_embedding.weight
-      table.copy_(0.3 * positions(batches.CELLS, width))
+      table.copy_(positions(batches.CELLS, width))
     self.stage, self.step = 'a', 0
     self._optimise()
 
@@ -94,7 +111,7 @@ class Trainee:
   def _optimise(self) -> None:
     slow = 1.0 if self.stage == 'a' else VISION
     self.optimiser = Muon(
-      self.named(), lambda name: slow if 'vision' in name else 1.0
+      self.named(), lambda name: slow if 'vision' in name else 1.0, self.team
     )
 
   def advance(self) -> None:
@@ -111,6 +128,7 @@ class Trainee:
       'stage': self.stage,
       'step': self.step,
       'seed': self.seed,
+      'workers': self.team.size,
       'params': {k: v.detach() for k, v in self.named().items()},
       'optimiser': self.optimiser.state(),
     }
@@ -123,6 +141,10 @@ class Trainee:
       raise ValueError(
         f'{path} was made with seed {state["seed"]}, not {self.seed}: give '
         'another --out'
+      )
+    if state['workers'] != self.team.size:
+      raise ValueError(
+        f'{path} was made with --workers={state["workers"]}: give the same'
       )
     self.stage, self.step = state['stage'], state['step']
     if self.stage == 'c':
@@ -177,8 +199,12 @@ def answers(t: Trainee, features_BPD: Tensor | None, batch: Batch):
     if batch.tiles == 1:
       features_BPD = features_BPD.repeat_interleave(2, 0)
     tokens = lean.image_tokens(inner, features_BPD, batch.tiles)
-    tokens = tokens.view(items, -1, tokens.shape[-1])
-    prefix = torch.cat([prefix, tokens], 1)
+    tokens = tokens.unflatten(0, (items, batch.images))
+    if batch.images > 1:
+      names = embed(torch.from_numpy(batches.names(batch.images)))
+      names = names.expand(items, *names.shape)
+      tokens = torch.cat([names, tokens], 2)
+    prefix = torch.cat([prefix, tokens.flatten(1, 2)], 1)
   groups = [embed(torch.from_numpy(ids)) for ids, _, _ in batch.groups]
   hidden = lean.language(inner.language_model, prefix, groups)
   found, wanted, turn, offset = [], [], [], 0
@@ -194,6 +220,20 @@ def answers(t: Trainee, features_BPD: Tensor | None, batch: Batch):
   return logits, torch.cat(wanted), torch.cat(turn)
 
 
+def answer_loss(
+  logits: Tensor, targets: Tensor, turn: Tensor, weights: list[float]
+) -> Tensor:
+  """Cross-entropy; an answer weighs as the root of its length, times its own.
+
+  Args:
+    logits, targets, turn: see `answers`.
+    weights: one a turn.
+  """
+  weight = torch.tensor(weights)[turn] * turn.bincount()[turn].rsqrt()
+  losses = F.cross_entropy(logits, targets, reduction='none')
+  return (losses * weight).sum() / weight.sum()
+
+
 def right_by_turn(logits: Tensor, targets: Tensor, turn: Tensor) -> Tensor:
   """Whether every token of a turn's answer is the greedy one."""
   wrong = torch.zeros(int(turn.max()) + 1)
@@ -202,43 +242,37 @@ def right_by_turn(logits: Tensor, targets: Tensor, turn: Tensor) -> Tensor:
 
 
 def make_batch(t: Trainee) -> tuple[str, Batch]:
-  """The batch of this stage and step: what it is called, and itself."""
+  """The batch of this stage and step: what it is called, and itself.
+
+  Members of a team share its kind and shape, for they wait for one another,
+  and draw what is in it each for themselves.
+  """
   words = [batches.WEIGHTS_SEED, t.seed, ord(t.stage), t.step]
-  rng = np.random.default_rng(words)
+  kind = np.random.default_rng(words)
+  rng = np.random.default_rng([*words, 1 + t.team.rank])
   if t.stage == 'a':
-    return 'patches', batches.patches(rng, 10)
-  if t.step % 12 == 5:
-    return 'text', batches.text(rng, 36)
-  progress = t.step / t.steps if t.stage == 'b' else 1.0
-  draw = rng.random()
-  if progress > 0.2 and draw < (0.2 if t.stage == 'b' else 0.35):
-    images = int(rng.choice((2, 3, 4, 5), p=(0.1, 0.1, 0.2, 0.6)))
-    return 'common', batches.common(rng, 20 // images, images)
-  tiles = 0 if progress < 0.3 else 1
-  if progress > 0.45 and rng.random() < 0.55:
+    return 'patches', batches.patches(rng, 15)
+  past = t.step if t.stage == 'b' else math.inf
+  if t.step % (15 if past < PICTURES else 8) == 5:
+    return 'text', batches.text(rng, 24, 4 if past < PICTURES else 8)
+  draw = kind.random()
+  if past > PICTURES and draw < (0.24 if t.stage == 'b' else 0.36):
+    images = int(kind.choice((2, 3, 4, 5), p=(0.1, 0.1, 0.2, 0.6)))
+    return 'common', batches.common(rng, 15 // images, images)
+  tiles = 0 if past < TILES else 1
+  if tiles and kind.random() < 0.55:
     tiles = 4
-  items = 8 if tiles == 4 else 10
-  if draw < (0.36 if t.stage == 'b' else 0.5):
+  items = 5 if tiles == 4 else 6
+  if draw < (0.38 if t.stage == 'b' else 0.5):
     return f'masked {tiles}', batches.masked(rng, items, tiles)
-  describe = bool(rng.random() < 0.6)
+  describe = bool(kind.random() < 0.6)
   return f'single {tiles}', batches.single(rng, items, tiles, 10, describe)
 
 
 def rate(t: Trainee) -> float:
-  """Share of the peak rate: warm-up over 100 steps, then linear to 0.
-
-  Stage A falls over its last 60%. Stage B explores at the peak for 850 steps;
-  from there .3 of it falls to 0, where nearly all types are learned.
-  """
-  warm = min((t.step + 1) / 100, 1.0)
-  left = (t.steps - t.step) / t.steps
-  if t.stage == 'a':
-    return min(warm, left / 0.6)
-  if t.stage == 'b' and t.step < 850:
-    return warm
-  if t.stage == 'b':
-    return 0.3 * (t.steps - t.step) / (t.steps - 850)
-  return min(warm, left)
+  """Share of the peak rate, linear between the stage's KNOTS."""
+  steps, shares = zip(*KNOTS[t.stage], strict=True)
+  return float(np.interp(t.step + 1, steps, shares))
 
 
 def train_step(t: Trainee) -> dict[str, float]:
@@ -254,21 +288,25 @@ def train_step(t: Trainee) -> dict[str, float]:
     measured |= {f'patch {head}': value for head, value in right.items()}
   if batch.groups:
     logits, targets, turn = answers(t, seen, batch)
-    spoken = F.cross_entropy(logits, targets)
+    types = [x for _, _, rows in batch.groups for row in rows for x in row]
+    late = t.stage == 'c' or t.step > LATE
+    weights = [SLOW.get(x, 1.0) if late else 1.0 for x in types]
+    spoken = answer_loss(logits, targets, turn, weights)
     loss = loss + spoken
     measured[f'loss {name}'] = float(spoken.detach())
     right = right_by_turn(logits.detach(), targets, turn)
-    types = [x for _, _, rows in batch.groups for row in rows for x in row]
     for type_ in set(types):
       mine = torch.tensor([x == type_ for x in types])
       measured[f'{name.split()[0]} {type_}'] = float(right[mine].float().mean())
-  loss.backward()
+  (loss / t.team.size).backward()
+  t.team.sum([p.grad for p in t.named().values() if p.grad is not None])
   t.optimiser.step(*(peak * rate(t) for peak in RATES[t.stage]))
   t.step += 1
   return measured
 
 
 def run(
+  team: Team,
   size: str,
   out: pathlib.Path,
   seed: int,
@@ -282,7 +320,7 @@ def run(
   """
   out.mkdir(parents=True, exist_ok=True)
   checkpoint = out / 'checkpoint.pt'
-  t = Trainee(seed)
+  t = Trainee(seed, team)
   if checkpoint.exists():
     t.load(checkpoint)
     logging.info('resumed at stage %s, step %d', t.stage, t.step)
@@ -301,6 +339,8 @@ def run(
     for key, value in train_step(t).items():
       mean.setdefault(key, []).append(value)
     now = time.monotonic()
+    if team.rank:
+      continue
     if now - logged > 30 or t.step == t.steps:
       took = (now - begun) / (t.step - first)
       short = {k: round(float(np.mean(v)), 3) for k, v in sorted(mean.items())}
@@ -314,6 +354,8 @@ def run(
     if now - saved > save_every_s or t.step == t.steps:
       t.save(checkpoint)
       saved = now
+  if team.rank:
+    return
   processor = model.make_processor(model.make_tokenizer())
   model.save(t.model, processor, out / 'model')
   logging.info('wrote %s', out / 'model')
@@ -327,15 +369,22 @@ def main() -> None:
   parser.add_argument('--out', type=pathlib.Path, required=True)
   parser.add_argument('--parent', type=pathlib.Path)
   parser.add_argument('--seed', type=int, default=0)
-  parser.add_argument('--threads', type=int, default=os.cpu_count())
+  parser.add_argument('--workers', type=int, default=2)
   parser.add_argument('--save_every_s', type=float, default=60.0)
   args = parser.parse_args()
   if any(os.environ.get(k) != v for k, v in MALLOC.items()):
     argv = [sys.executable, '-m', 'lmm_sae.scenes.train', *sys.argv[1:]]
     os.execve(sys.executable, argv, {**os.environ, **MALLOC})
   logging.set_verbosity(logging.INFO)
-  torch.set_num_threads(args.threads)
-  run(args.size, args.out, args.seed, args.save_every_s, args.parent)
+  team.start(
+    args.workers,
+    run,
+    args.size,
+    args.out,
+    args.seed,
+    args.save_every_s,
+    args.parent,
+  )
 
 
 if __name__ == '__main__':

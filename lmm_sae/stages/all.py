@@ -2,6 +2,9 @@
 
 lmm-sae all --config=experiments/tiny.py --workdir=DIR
 
+Where the truth is known, steering and attribution read no explanation and run
+beside the stages that make and score them; on a CPU, subject and explainer have
+half the cores each.
 Where server.url is empty, `lmm-sae serve` is started once there is an SAE to
 serve; where explain.base_url is empty, `transformers serve` is started for each
 explainer and the explain stage runs once with each. The servers load while
@@ -22,21 +25,16 @@ from collections.abc import Iterator
 from absl import logging
 from ml_collections import ConfigDict
 
-from lmm_sae.core import host, records, servers
+from lmm_sae.core import concepts, host, records, servers
 from lmm_sae.core.workdir import Workdir
 
-ORDER = (
-  'capture',
-  'train',
-  'evaluate',
-  'index',
-  'explain',
-  'score',
-  'steer',
-  'attribute',
-  'report',
-)
-TICK_S = 5.0  # how often the time of a stage under way is written
+FIRST = ('capture', 'train')
+MIDDLE = (('evaluate',), ('index',))  # side by side, while the servers load
+LANES = (('explain', 'score'), ('steer', 'attribute'))  # side by side
+LAST = ('report',)
+ORDER = (*FIRST, *MIDDLE[0], *MIDDLE[1], *LANES[0], *LANES[1], *LAST)
+WALL = 'all'  # beside the stages in seconds.json: lanes overlap
+TICK_S = 0.5  # how often running stages are looked at, and timed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +43,7 @@ class AllConfig:
 
   Attributes:
     device: where the subject runs; an explainer of the user's runs there too.
+    threads: of the subject on a CPU, and of an explainer beside it.
     server_url, server_token: of a running subject server; '' starts one.
     explain_url: of a running explainer; '' starts those named in `explainers`.
     explainers: packaged sizes or model folders; the first one also serves the
@@ -53,6 +52,7 @@ class AllConfig:
   """
 
   device: str
+  threads: int
   server_url: str
   server_token: str
   explain_url: str
@@ -64,6 +64,7 @@ class AllConfig:
     names = (config.explain.model or 'base', *config.explain.others)
     return cls(
       device=config.lmm.device,
+      threads=config.lmm.threads or max(1, host.cores() // 2),
       server_url=config.server.url,
       server_token=config.server.token,
       explain_url=config.explain.base_url,
@@ -84,23 +85,40 @@ def run(config: ConfigDict, workdir: Workdir) -> None:
   if opts.api_key:
     os.environ['OPENAI_API_KEY'] = opts.api_key
   seconds = Seconds(workdir.file('seconds.json'))
-  with _signals_raise(), contextlib.ExitStack() as stack:
-    subject, explainers = None, []
-    for stage in ORDER:
-      if stage == 'evaluate':  # there is an SAE now: load while others work
-        if not opts.server_url:
-          subject = stack.enter_context(_subject(opts, workdir))
-        for folder in folders:
-          server = servers.explainer(folder, workdir.file('logs'), opts.device)
-          explainers.append(stack.enter_context(server))
+  subject, explainers = None, []
+
+  def lane(*stages: str) -> Iterator[None]:
+    for stage in stages:
       for flags in _flags(stage, opts, subject, explainers):
-        _run_stage(stage, flags, workdir, seconds)
+        yield from _stage(stage, flags, workdir, seconds)
       if stage == 'explain':
         for server in explainers[1:]:
           server.stop()
-      if stage == 'score' and explainers:
-        explainers[0].stop()
+
+  with _signals_raise(), contextlib.ExitStack() as stack:
+    _side_by_side(lane(*FIRST))
+    if not opts.server_url:
+      subject = stack.enter_context(_subject(opts, workdir))
+    for folder in folders:
+      server = servers.explainer(
+        folder, workdir.file('logs'), opts.device, opts.threads
+      )
+      explainers.append(stack.enter_context(server))
+    _side_by_side(*(lane(*stages) for stages in MIDDLE))
+    known = workdir.file(concepts.FILE).exists()
+    lanes = LANES if known else (LANES[0] + LANES[1],)  # they read the labels
+    _side_by_side(*(lane(*stages) for stages in lanes))
+    stack.close()
+    _side_by_side(lane(*LAST))
   logging.info('done: %s', workdir.file('report') / 'index.html')
+
+
+def _side_by_side(*lanes: Iterator[None]) -> None:
+  """Runs lanes of stages at once; if one fails, the others are ended."""
+  with contextlib.ExitStack() as stack:
+    under_way = [stack.enter_context(contextlib.closing(x)) for x in lanes]
+    while under_way:
+      under_way = [x for x in under_way if next(x, 'ended') != 'ended']
 
 
 def explainer_folder(name: str) -> pathlib.Path:
@@ -126,11 +144,16 @@ class Seconds:
   def __init__(self, path: pathlib.Path):
     self.path = path
     self.by_stage = json.loads(path.read_text()) if path.exists() else {}
+    self._told = time.monotonic()
 
   def add(self, stage: str, seconds: float) -> None:
-    total = self.by_stage.get(stage, 0.0) + seconds
-    records.write_json(self.path, self.by_stage | {stage: round(total, 2)})
-    self.by_stage[stage] = total
+    """Counts the stage on, and the run as a whole."""
+    now = time.monotonic()
+    for name, more in ((stage, seconds), (WALL, now - self._told)):
+      self.by_stage[name] = self.by_stage.get(name, 0.0) + more
+    self._told = now
+    rounded = {name: round(t, 2) for name, t in self.by_stage.items()}
+    records.write_json(self.path, rounded)
 
 
 def command(stage: str, workdir: Workdir, flags: list[str]) -> list[str]:
@@ -146,7 +169,7 @@ def command(stage: str, workdir: Workdir, flags: list[str]) -> list[str]:
 
 
 def _subject(opts: AllConfig, workdir: Workdir) -> servers.Server:
-  flags = ['--config.server.port=0']
+  flags = ['--config.server.port=0', f'--config.lmm.threads={opts.threads}']
   if opts.server_token:  # config.json keeps no secrets
     flags.append(f'--config.server.token={opts.server_token}')
   return servers.Server(
@@ -179,9 +202,14 @@ def _flags(
   ]
 
 
-def _run_stage(
+def _stage(
   stage: str, flags: list[str], workdir: Workdir, seconds: Seconds
-) -> None:
+) -> Iterator[None]:
+  """Runs one stage as a process; yields while it works.
+
+  Raises:
+    ChildProcessError: it failed.
+  """
   logging.info('%s', ' '.join([stage, *flags]))
   begin = time.monotonic()
   with servers.child(command(stage, workdir, flags)) as process:
@@ -192,6 +220,7 @@ def _run_stage(
       now = time.monotonic()
       seconds.add(stage, now - begin)
       begin = now
+      yield
   if code == 0:
     return
   why = f'exit code {code}' if code > 0 else signal.Signals(-code).name

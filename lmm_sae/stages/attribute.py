@@ -1,6 +1,6 @@
 """Finds which latents caused an answer, and checks that by ablation.
 
-For answers of half B, one forward and one backward price every latent at every
+For answers of half B, a few forwards and backwards price every latent at every
 token for logit(answer) - logit(runner-up); see `core.causes`. The latents of
 largest absolute price are taken out one by one, which gives the exact change:
 
@@ -55,13 +55,14 @@ class AttributeConfig:
   """The fields of config.attribute; their meaning: experiments/base.py."""
 
   samples: int
+  points: int
   top: int
   mistakes: int
   max_new_tokens: int
   batch: int
 
   def __post_init__(self):
-    for name in ('samples', 'top', 'max_new_tokens', 'batch'):
+    for name in ('samples', 'points', 'top', 'max_new_tokens', 'batch'):
       if getattr(self, name) < 1:
         raise ValueError(
           f'attribute.{name} is {getattr(self, name)}, must be >= 1'
@@ -100,10 +101,11 @@ class Pricer:
   Args:
     client: of the subject server.
     sae: with `encode`, and the decoder's rows.
+    points: of the path over which a price is the mean.
   """
 
-  def __init__(self, client: SubjectClient, sae: Any, layer: int):
-    self._client = client
+  def __init__(self, client: SubjectClient, sae: Any, layer: int, points: int):
+    self._client, self._points = client, points
     self._sae = sae
     self._w_dec_MD = jnp.asarray(sae.w_dec_MD)
     self._layer = layer
@@ -130,7 +132,9 @@ class Pricer:
     second: NextToken,
   ) -> Priced:
     tokens = (top.token, second.token)
-    got = self._client.gradient(self._layer, image, prompt, *tokens)
+    got = self._client.gradient(
+      self._layer, image, prompt, *tokens, points=self._points
+    )
     where_T = got['map'].where('all')
     effect_NK, idx_NK = self.effects(
       got['x_TD'][where_T], got['grad_TD'][where_T]
@@ -200,7 +204,7 @@ class Bench:
       )
       for half, store in stores.items()
     }
-    pricer = Pricer(client, checkpoint.load(export), layer)
+    pricer = Pricer(client, checkpoint.load(export), layer, opts.points)
     names = _names(workdir, layer)
     return cls(layer, opts, client, stores, askers, index, names, pricer)
 

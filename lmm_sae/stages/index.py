@@ -2,7 +2,8 @@
 
 Streams acts/<split> through the SAE's encoder and writes index/<layer>/<split>
 (see `core.index`). Done in parts of consecutive samples: run it again and the
-finished parts are kept.
+finished parts are kept. Where masks and labels are exact, it also writes
+concepts.json: what each latent stands for, by the rule of `core.truth`.
 """
 
 import dataclasses
@@ -16,12 +17,21 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from lmm_sae.core import duplicates, index_build, index_merge, progress, records
+from lmm_sae.core import (
+  concepts,
+  duplicates,
+  index_build,
+  index_merge,
+  progress,
+  records,
+  truth,
+)
 from lmm_sae.core.index import IndexMeta, read_meta
 from lmm_sae.core.records import Sample
 from lmm_sae.core.store import ActivationStore
 from lmm_sae.core.workdir import Workdir
 from lmm_sae.sae import checkpoint
+from lmm_sae.sae.baseview import BaseView
 
 PART_SAMPLES = 256  # samples a part, unless that makes more than MAX_PARTS
 MAX_PARTS = 64
@@ -52,6 +62,8 @@ class IndexConfig:
 def run(config: ConfigDict, workdir: Workdir) -> None:
   """Indexes every configured split of every hooked layer."""
   opts = IndexConfig(**config.index)
+  if {'a', 'b'} <= set(opts.splits):
+    write_concepts(workdir, tuple(config.lmm.layers))
   for layer in config.lmm.layers:
     sae = checkpoint.load(workdir.require(workdir.export(layer), 'train'))
     for split in opts.splits:
@@ -190,3 +202,66 @@ def _chunks(samples: Sequence[Sample], rows: int) -> Iterator[tuple[int, int]]:
     stop = sample.stop
   if stop > start:
     yield start, stop
+
+
+# Concepts, where the truth is known.
+
+
+def write_concepts(workdir: Workdir, layers: Sequence[int]) -> None:
+  """Writes concepts.json unless it stands, or the truth is not known.
+
+  {layer: [concepts.Concept], neurons: {layer: concepts with a clean neuron},
+  counted: concepts of objects, source: what it was made of}.
+  """
+  stores = {
+    split: ActivationStore.open(workdir.require(workdir.acts(split), 'capture'))
+    for split in ('a', 'b')
+  }
+  samples = {split: store.samples() for split, store in stores.items()}
+  if not all(s.truth for split in samples for s in samples[split]):
+    logging.info('index: masks and labels are not known; no concepts.json')
+    return
+  saes = {
+    layer: checkpoint.load(workdir.require(workdir.export(layer), 'train'))
+    for layer in layers
+  }
+  path = workdir.file(concepts.FILE)
+  source = _of(stores, saes)
+  if path.exists() and json.loads(path.read_text()).get('source') == source:
+    return
+  vocabulary = truth.Vocabulary.of(samples['a'] + samples['b'])
+  table = {
+    'format_version': records.FORMAT_VERSION,
+    'source': source,
+    'counted': list(vocabulary.counted),
+    'neurons': {},
+  }
+  for layer, sae in saes.items():
+    half_a, half_b = (
+      BaseView(store, layer, sae).half(vocabulary) for store in stores.values()
+    )
+    units = truth.Latents(sae.config.latents)
+    rows = truth.concept_table(units, half_a, half_b, vocabulary)
+    raw = truth.concept_table(truth.Neurons(half_a), half_a, half_b, vocabulary)
+    table[str(layer)] = [dataclasses.asdict(row) for row in rows]
+    table['neurons'][str(layer)] = truth.clean_count(raw)
+    logging.info(
+      'index: layer %d: %d of %d concepts have a clean latent, %d a neuron',
+      layer,
+      truth.clean_count(rows),
+      len(vocabulary.counted),
+      truth.clean_count(raw),
+    )
+  records.write_json(path, table)
+
+
+def _of(stores, saes) -> str:
+  mark = hashlib.blake2b(digest_size=6)
+  for store in stores.values():
+    note = records.to_json(store.meta), store.num_rows
+    mark.update(json.dumps(note, sort_keys=True).encode())
+  for layer, sae in saes.items():
+    mark.update(f'{layer}'.encode())
+    for array in (sae.w_enc_MD, sae.b_enc_M, sae.b_dec_D):
+      mark.update(np.ascontiguousarray(array).tobytes())
+  return mark.hexdigest()

@@ -1,7 +1,6 @@
 """Scores each explanation against the images, beside two baselines.
 
-First, where masks and labels are exact, concepts.json: what each latent stands
-for (the rule is in `core.truth`). Then scores.jsonl, for each explained latent:
+Writes scores.jsonl, for each explained latent:
 
   right      1 where the explanation names the latent's concept; of latents with
              at least 80% of their firings on objects and F1 > .2 on half A.
@@ -20,8 +19,6 @@ again and what is missing is scored.
 
 import dataclasses
 import functools
-import hashlib
-import json
 import pathlib
 from collections.abc import Iterator, Sequence
 
@@ -63,7 +60,7 @@ class ScoreConfig:
 
 
 def run(config: ConfigDict, workdir: Workdir) -> None:
-  """Writes concepts.json where the truth is known, then scores.jsonl."""
+  """Appends to scores.jsonl what it lacks."""
   opts = ScoreConfig(**config.score)
   if not config.server.url:
     raise ValueError(
@@ -76,7 +73,6 @@ def run(config: ConfigDict, workdir: Workdir) -> None:
   layers = tuple(config.lmm.layers)
   split, lit, seed = config.explain.split, config.explain.threshold, config.seed
   server = config.server
-  write_concepts(workdir, layers)
   with SubjectClient(server.url, server.token, server.timeout_s) as client:
     for layer in layers:
       index = workdir.require(workdir.index(layer, split), 'index')
@@ -104,69 +100,6 @@ def score(
   with records.Appender(path) as file:
     _append(file, right(table, explained))
     grounded(bench, explained, file)
-
-
-# Concepts, where the truth is known.
-
-
-def write_concepts(workdir: Workdir, layers: Sequence[int]) -> None:
-  """Writes concepts.json unless it stands, or the truth is not known.
-
-  {layer: [concepts.Concept], neurons: {layer: concepts with a clean neuron},
-  counted: concepts of objects, source: what it was made of}.
-  """
-  stores = {
-    split: ActivationStore.open(workdir.require(workdir.acts(split), 'capture'))
-    for split in ('a', 'b')
-  }
-  samples = {split: store.samples() for split, store in stores.items()}
-  if not all(s.truth for split in samples for s in samples[split]):
-    logging.info('score: masks and labels are not known; no concepts.json')
-    return
-  saes = {
-    layer: checkpoint.load(workdir.require(workdir.export(layer), 'train'))
-    for layer in layers
-  }
-  path = workdir.file(concepts.FILE)
-  source = _source(stores, saes)
-  if path.exists() and json.loads(path.read_text()).get('source') == source:
-    return
-  vocabulary = truth.Vocabulary.of(samples['a'] + samples['b'])
-  table = {
-    'format_version': records.FORMAT_VERSION,
-    'source': source,
-    'counted': list(vocabulary.counted),
-    'neurons': {},
-  }
-  for layer, sae in saes.items():
-    half_a, half_b = (
-      BaseView(store, layer, sae).half(vocabulary) for store in stores.values()
-    )
-    units = truth.Latents(sae.config.latents)
-    rows = truth.concept_table(units, half_a, half_b, vocabulary)
-    raw = truth.concept_table(truth.Neurons(half_a), half_a, half_b, vocabulary)
-    table[str(layer)] = [dataclasses.asdict(row) for row in rows]
-    table['neurons'][str(layer)] = truth.clean_count(raw)
-    logging.info(
-      'score: layer %d: %d of %d concepts have a clean latent, %d a neuron',
-      layer,
-      truth.clean_count(rows),
-      len(vocabulary.counted),
-      truth.clean_count(raw),
-    )
-  records.write_json(path, table)
-
-
-def _source(stores, saes) -> str:
-  mark = hashlib.blake2b(digest_size=6)
-  for store in stores.values():
-    note = records.to_json(store.meta), store.num_rows
-    mark.update(json.dumps(note, sort_keys=True).encode())
-  for layer, sae in saes.items():
-    mark.update(f'{layer}'.encode())
-    for array in (sae.w_enc_MD, sae.b_enc_M, sae.b_dec_D):
-      mark.update(np.ascontiguousarray(array).tobytes())
-  return mark.hexdigest()
 
 
 # Explanations against concepts.

@@ -21,19 +21,19 @@ def client(server: FakeChat, tmp_path, **more) -> ChatClient:
   return ChatClient(server.url, 'tiny', **options)
 
 
-def test_images_come_in_order_before_the_text_of_one_user_message(
-  server, tmp_path
-):
+def test_images_come_in_order_and_numbered_before_the_text(server, tmp_path):
   images = [Image.new('RGB', (3, 2), colour) for colour in ('red', 'blue')]
   with client(server, tmp_path) as chat:
     assert chat.ask('what?', images).text == 'you said: what?'
   (request,) = server.requests
   (message,) = request['messages']
   assert message['role'] == 'user'
-  assert [part['type'] for part in message['content']] == [
+  assert [part.get('text', part['type']) for part in message['content']] == [
+    'Picture 1:',
     'image_url',
+    'Picture 2:',
     'image_url',
-    'text',
+    'what?',
   ]
   assert [i.getpixel((0, 0)) for i in server.images(request)] == [
     (255, 0, 0),

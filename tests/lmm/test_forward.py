@@ -286,6 +286,31 @@ def test_of_the_last_layer_a_small_ablation_costs_its_price(
   assert change == pytest.approx(price, rel=0.05)
 
 
+def test_prices_of_many_points_add_up_to_what_all_latents_do(
+  subject, sae, asked
+):
+  """Completeness: the path's ends differ by the sum of the prices."""
+  tokens, prompt = (7, 30), asked[2]
+  found = forward.gradient(subject, prompt, LAYER, tokens, sae, 64)
+  where_T = torch.from_numpy(prompt.map.where('all'))
+  part_TD = torch.zeros_like(found.x_TD)
+  code = sae.encode(found.x_TD[where_T])
+  part_TD[where_T] = sae.decode(code) - sae.b_dec_D
+  lower = forward.below(subject, [prompt], LAYER)
+  with torch.no_grad():
+    ends = [
+      forward.above(subject, lower, x_TD[None])[0][0]
+      for x_TD in (found.x_TD, found.x_TD - part_TD)
+    ]
+  full, none = (float(v[tokens[0]] - v[tokens[1]]) for v in ends)
+  assert abs(full - none) > 1e-2
+  total = float((found.grad_TD * part_TD).sum())
+  assert total == pytest.approx(full - none, rel=0.02)
+  assert found.logits[0] - found.logits[1] == pytest.approx(full, abs=1e-4)
+  once = forward.gradient(subject, prompt, LAYER, tokens)
+  assert not torch.allclose(once.grad_TD, found.grad_TD, rtol=0.01)
+
+
 def test_a_prompt_goes_on_with_the_tokens_of_its_answer(subject, images, asked):
   text = subject.chat('how does the face feel?', 1)
   longer = forward.ask(subject, text, images[0], [11, 12])

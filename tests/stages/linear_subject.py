@@ -111,7 +111,8 @@ class Client:
       for v in self._ranked(logits_V, prompt)[:top]
     ]
 
-  def gradient(self, layer, image, prompt, answer, baseline):
+  def gradient(self, layer, image, prompt, answer, baseline, points=1):
+    assert points >= 1  # of a linear subject all gradients are equal
     self._count()
     none_T, box_T4 = np.full(T, -1, np.int16), np.zeros((T, 4), np.float32)
     token_T = np.zeros(T, np.int32)

@@ -51,7 +51,7 @@ def stubs(monkeypatch, tmp_path):
   def command(stage, workdir, flags):
     return [sys.executable, '-c', STUB, stage, str(workdir.root), *flags]
 
-  def explainer(folder, logs, device='cpu'):
+  def explainer(folder, logs, device, threads):
     line = f'print("serving on http://{folder.name}", flush=True)'
     code = f'{line}; import time; time.sleep(600)'
     return servers.Server(
@@ -71,12 +71,18 @@ def calls(workdir: Workdir) -> list[list[str]]:
 
 
 def test_the_stages_run_in_order_with_their_servers(stubs, config, workdir):
+  workdir.file('concepts.json').write_text('{}')
   all_stage.run(config, workdir)
   done = calls(workdir)
   stages = [stage for stage, *_ in done if stage != 'serve']
-  explain = stages.index('explain')
-  assert stages.pop(explain + 1) == 'explain'  # once an explainer
-  assert tuple(stages) == all_stage.ORDER
+  assert tuple(stages[:2]) == all_stage.FIRST
+  assert set(stages[2:4]) == {'evaluate', 'index'}
+  assert stages[-1] == 'report'
+  beside = stages[4:-1]
+  explain, score = [x for x in beside if x in all_stage.LANES[0]][1:]
+  assert (explain, score) == ('explain', 'score')  # once an explainer
+  assert beside.index('steer') < beside.index('attribute')
+  assert beside.count('explain') == 2
   flags = [words for stage, *words in done if stage == 'explain']
   assert flags == [
     [
@@ -95,7 +101,7 @@ def test_the_stages_run_in_order_with_their_servers(stubs, config, workdir):
 def test_the_seconds_of_each_stage_are_added_up(stubs, config, workdir):
   all_stage.run(config, workdir)
   first = json.loads(workdir.file('seconds.json').read_text())
-  assert tuple(first) == all_stage.ORDER
+  assert set(first) == {*all_stage.ORDER, all_stage.WALL}
   all_stage.run(config, workdir)
   second = json.loads(workdir.file('seconds.json').read_text())
   assert all(second[stage] > first[stage] > 0 for stage in first)
@@ -106,7 +112,7 @@ def test_servers_of_the_users_own_are_used(stubs, config, workdir):
   config.explain.base_url = 'http://there:2/v1'
   all_stage.run(config, workdir)
   done = calls(workdir)
-  assert tuple(stage for stage, *_ in done) == all_stage.ORDER
+  assert {stage for stage, *_ in done} == set(all_stage.ORDER)
   assert all(not flags for _, *flags in done)  # config.json names them
   assert not workdir.file('logs').exists()
 
@@ -117,8 +123,26 @@ def test_a_failing_stage_is_named_and_ends_the_run(
   monkeypatch.setenv('FAIL', 'explain')
   with pytest.raises(ChildProcessError, match=r'stage explain.*exit code 3'):
     all_stage.run(config, workdir)
-  assert calls(workdir)[-1][0] == 'explain'
+  assert not {'score', 'report'} & {stage for stage, *_ in calls(workdir)}
   assert not alive(workdir, 'serve')
+
+
+def test_without_truth_every_stage_waits_for_the_labels(stubs, config, workdir):
+  all_stage.run(config, workdir)
+  stages = [stage for stage, *_ in calls(workdir) if stage != 'serve']
+  stages.remove('explain')  # the second explainer's
+  assert tuple(stages[4:]) == all_stage.ORDER[4:]
+
+
+def test_a_failing_stage_ends_the_one_beside_it(
+  stubs, config, workdir, monkeypatch
+):
+  workdir.file('concepts.json').write_text('{}')
+  monkeypatch.setenv('FAIL', 'steer')
+  monkeypatch.setenv('HANG', 'explain')
+  with pytest.raises(ChildProcessError, match=r'stage steer.*exit code 3'):
+    all_stage.run(config, workdir)
+  assert not alive(workdir, 'explain')
 
 
 def test_a_missing_explainer_is_found_before_anything_runs(

@@ -1,5 +1,6 @@
 """The index stage on the toy run, whose activations are known by hand."""
 
+import json
 import os
 import signal
 import subprocess
@@ -9,7 +10,7 @@ import textwrap
 import numpy as np
 import pytest
 
-from lmm_sae.core import masks
+from lmm_sae.core import concepts, masks
 from lmm_sae.core.index import LatentIndex
 from lmm_sae.core.store import ActivationStore
 from lmm_sae.stages import index as stage
@@ -64,6 +65,19 @@ def test_latents_fire_where_they_were_made_to(config, tmp_path):
     assert text.tokens[text.at] == ' red'
     assert text.acts[text.at] == text.strength == 3.0
     assert not index.exemplars(3)
+
+
+def test_concepts_are_what_the_latents_were_made_for(config, tmp_path):
+  workdir = toy.make_workdir(tmp_path)
+  stage.run(config, workdir)
+  rows = concepts.load(workdir, toy.LAYER)
+  assert [row.concept for row in rows[:3]] == ['red', 'blue', 'background']
+  assert [row.concept for row in rows[5:]] == ['striped', '']
+  assert [row.latent for row in rows if row.clean] == [0, 1, 5]
+  assert [row.objects for row in rows[:3]] == [1, 1, 0]
+  table = json.loads(workdir.file('concepts.json').read_text())
+  assert table['counted'] == ['blue', 'red', 'striped']
+  assert concepts.neurons(workdir, toy.LAYER) == 3  # here they are the latents
 
 
 def test_running_again_changes_nothing(config, tmp_path):

@@ -1,11 +1,9 @@
 """The score stage on the toy run, with a judge that sees colours."""
 
-import json
-
 import numpy as np
 import pytest
 
-from lmm_sae.core import concepts, records
+from lmm_sae.core import records
 from lmm_sae.core.index import LatentIndex
 from lmm_sae.core.records import Explanation, Score
 from lmm_sae.stages import index
@@ -86,18 +84,6 @@ def scores(workdir) -> dict[tuple, Score]:
   table = {(s.explainer, s.latent, s.scorer, s.baseline): s for s in lines}
   assert len(table) == len(lines)
   return table
-
-
-def test_concepts_are_what_the_latents_were_made_for(config, workdir):
-  stage.run(config, workdir)
-  rows = concepts.load(workdir, toy.LAYER)
-  assert [row.concept for row in rows[:3]] == ['red', 'blue', 'background']
-  assert [row.concept for row in rows[5:]] == ['striped', '']
-  assert [row.latent for row in rows if row.clean] == [0, 1, 5]
-  assert [row.objects for row in rows[:3]] == [1, 1, 0]
-  table = json.loads(workdir.file('concepts.json').read_text())
-  assert table['counted'] == ['blue', 'red', 'striped']
-  assert concepts.neurons(workdir, toy.LAYER) == 3  # here they are the latents
 
 
 def test_right_is_of_latents_on_objects(config, workdir):
