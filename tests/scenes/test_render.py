@@ -7,7 +7,7 @@ import pytest
 
 from lmm_sae.scenes import questions, render
 
-DIGEST = 'a7d9fc189e4346b5b3feb930c98a0f820c87d2fca0d2503d4eb024e8a46e369b'
+DIGEST = '9d63fbf3eeabb7cdc23efa63f4ec2fe89ffd7fa5daab1444f4e9db41514c5a77'
 
 
 def scene(*words: int) -> render.Scene:
