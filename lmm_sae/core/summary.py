@@ -31,6 +31,7 @@ from lmm_sae.core.workdir import Workdir
 
 Figure = dict[str, Any]
 
+WALL = 'all'  # in seconds.json, beside the stages: some of them overlap
 NO_TRUTH = 'the images of this run have no known masks and labels'
 
 BASELINES = {
@@ -221,7 +222,7 @@ def _seconds(workdir: Workdir) -> Figure:
   if not path.exists():
     return stats.missing('stages were run one by one, and not timed')
   stages = json.loads(path.read_text())
-  total = stages.pop('all', sum(stages.values()))  # some stages overlap
+  total = stages.pop(WALL, sum(stages.values()))
   return {'value': total, 'n': len(stages), 'ci': None, 'stages': stages}
 
 

@@ -394,8 +394,6 @@ def gradient(
     code = sae.encode(x_TD[where_T])
     latents_TD[where_T] = (sae.decode(code) - sae.b_dec_D).to(x_TD)
     shares = [(i + 0.5) / points for i in range(points)]
-  with torch.no_grad():
-    pair = above(subject, lower, x_TD[None])[0][0][list(tokens)].tolist()
   grad_TD = torch.zeros_like(x_TD, dtype=torch.float32)
   for share in shares:
     x_1TD = (x_TD - (1 - share) * latents_TD)[None].requires_grad_()
@@ -404,4 +402,8 @@ def gradient(
       wanted = logits_V[tokens[0]] - logits_V[tokens[1]]
       (grad_1TD,) = torch.autograd.grad(wanted, x_1TD)
     grad_TD += grad_1TD[0] / points
+  if points > 1:  # the path's last point is not x itself
+    with torch.no_grad():
+      logits_V = above(subject, lower, x_TD[None])[0][0]
+  pair = logits_V[list(tokens)].tolist()
   return Gradient(x_TD, grad_TD, (pair[0], pair[1]))

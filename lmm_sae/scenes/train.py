@@ -40,7 +40,7 @@ DENSE = 1.0  # weight of the patch loss after stage A
 # Answers that say where something is come last: they weigh more from there on.
 SLOW = {'where': 4.0, 'relation': 4.0, 'nth picture': 2.0, 'intruder': 4.0}
 PICTURES = 580  # step of stage B from which several pictures are shown
-TILES = 1015  # from which pictures have tiles
+TILED = 1015  # from which pictures have tiles
 LATE = 1885  # step of stage B
 VISION = 0.25  # the ViT's share of the learning rate after stage A
 
@@ -259,7 +259,7 @@ def make_batch(t: Trainee) -> tuple[str, Batch]:
   if past > PICTURES and draw < (0.24 if t.stage == 'b' else 0.36):
     images = int(kind.choice((2, 3, 4, 5), p=(0.1, 0.1, 0.2, 0.6)))
     return 'common', batches.common(rng, 15 // images, images)
-  tiles = 0 if past < TILES else 1
+  tiles = 0 if past < TILED else 1
   if tiles and kind.random() < 0.55:
     tiles = 4
   items = 5 if tiles == 4 else 6

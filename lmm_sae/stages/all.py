@@ -25,7 +25,7 @@ from collections.abc import Iterator
 from absl import logging
 from ml_collections import ConfigDict
 
-from lmm_sae.core import concepts, host, records, servers
+from lmm_sae.core import concepts, host, records, servers, summary
 from lmm_sae.core.workdir import Workdir
 
 FIRST = ('capture', 'train')
@@ -33,7 +33,6 @@ MIDDLE = (('evaluate',), ('index',))  # side by side, while the servers load
 LANES = (('explain', 'score'), ('steer', 'attribute'))  # side by side
 LAST = ('report',)
 ORDER = (*FIRST, *MIDDLE[0], *MIDDLE[1], *LANES[0], *LANES[1], *LAST)
-WALL = 'all'  # beside the stages in seconds.json: lanes overlap
 TICK_S = 0.5  # how often running stages are looked at, and timed
 
 
@@ -149,7 +148,7 @@ class Seconds:
   def add(self, stage: str, seconds: float) -> None:
     """Counts the stage on, and the run as a whole."""
     now = time.monotonic()
-    for name, more in ((stage, seconds), (WALL, now - self._told)):
+    for name, more in ((stage, seconds), (summary.WALL, now - self._told)):
       self.by_stage[name] = self.by_stage.get(name, 0.0) + more
     self._told = now
     rounded = {name: round(t, 2) for name, t in self.by_stage.items()}

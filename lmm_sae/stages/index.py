@@ -160,13 +160,18 @@ def _finished(path: pathlib.Path, meta: IndexMeta) -> bool:
   return found is not None
 
 
+def _hash(mark, sae: checkpoint.Sae) -> None:
+  """Adds to the hash what decides which latents fire."""
+  for array in (sae.w_enc_MD, sae.b_enc_M, sae.b_dec_D):
+    mark.update(np.ascontiguousarray(array).tobytes())
+
+
 def _source(
   store: ActivationStore, opts: IndexConfig, sae: checkpoint.Sae
 ) -> str:
   """What an index is made of, as a short text; equal text, equal index."""
   weights = hashlib.blake2b(digest_size=6)
-  for array in (sae.w_enc_MD, sae.b_enc_M, sae.b_dec_D):
-    weights.update(np.ascontiguousarray(array).tobytes())
+  _hash(weights, sae)
   rest = hashlib.blake2b(digest_size=6)
   meta = records.to_json(store.meta) | {
     'samples': len(store.samples()),
@@ -226,7 +231,7 @@ def write_concepts(workdir: Workdir, layers: Sequence[int]) -> None:
     for layer in layers
   }
   path = workdir.file(concepts.FILE)
-  source = _of(stores, saes)
+  source = _concepts_source(stores, saes)
   if path.exists() and json.loads(path.read_text()).get('source') == source:
     return
   vocabulary = truth.Vocabulary.of(samples['a'] + samples['b'])
@@ -255,13 +260,13 @@ def write_concepts(workdir: Workdir, layers: Sequence[int]) -> None:
   records.write_json(path, table)
 
 
-def _of(stores, saes) -> str:
+def _concepts_source(stores, saes) -> str:
+  """What the concepts are made of, as a short text."""
   mark = hashlib.blake2b(digest_size=6)
   for store in stores.values():
     note = records.to_json(store.meta), store.num_rows
     mark.update(json.dumps(note, sort_keys=True).encode())
   for layer, sae in saes.items():
     mark.update(f'{layer}'.encode())
-    for array in (sae.w_enc_MD, sae.b_enc_M, sae.b_dec_D):
-      mark.update(np.ascontiguousarray(array).tobytes())
+    _hash(mark, sae)
   return mark.hexdigest()

@@ -12,7 +12,7 @@ import time
 import pytest
 
 from lmm_sae.core import config as configs
-from lmm_sae.core import host, servers
+from lmm_sae.core import host, servers, summary
 from lmm_sae.core.workdir import Workdir
 from lmm_sae.stages import all as all_stage
 
@@ -101,7 +101,7 @@ def test_the_stages_run_in_order_with_their_servers(stubs, config, workdir):
 def test_the_seconds_of_each_stage_are_added_up(stubs, config, workdir):
   all_stage.run(config, workdir)
   first = json.loads(workdir.file('seconds.json').read_text())
-  assert set(first) == {*all_stage.ORDER, all_stage.WALL}
+  assert set(first) == {*all_stage.ORDER, summary.WALL}
   all_stage.run(config, workdir)
   second = json.loads(workdir.file('seconds.json').read_text())
   assert all(second[stage] > first[stage] > 0 for stage in first)
