@@ -46,8 +46,8 @@ def exact_match(
     with torch.no_grad():
       made = batch(np.random.default_rng([HELDOUT, number]))
       seen = train.features(loaded, made) if made.images else None
-      hits = train.right_by_turn(*train.answers(loaded, seen, made)).tolist()
-    types = [x for _, _, rows in made.groups for row in rows for x in row]
+      hits = train.right_by_turn(train.answers(loaded, seen, made)).tolist()
+    types = [x for group in made.groups for row in group.types for x in row]
     for type_, hit in zip(types, hits, strict=True):
       right[f'{type_}{prefix}'].append(hit)
   return {

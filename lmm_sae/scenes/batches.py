@@ -6,6 +6,7 @@ with exactly the batches it would have seen.
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -13,6 +14,7 @@ from PIL import Image
 from lmm_sae.core import masks, prompts
 from lmm_sae.core.records import Turn
 from lmm_sae.scenes import model, questions, render
+from lmm_sae.scenes.questions import Asked
 from lmm_sae.scenes.render import Scene
 
 WEIGHTS_SEED = 20_241_122  # first word of every training seed; no data set's
@@ -25,6 +27,7 @@ HEADS = {
 }
 TILES = 0.6  # share of the tiles that stage A keeps, of those with an object
 CELLS = model.VIEW // model.PATCH
+OBJECTS = 4  # more than a scene ever has
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,16 +38,32 @@ class Batch:
     pixels_B3HW: float32 normalised views, base view first; where `tiles` is 1
       the only tile equals the base view and is not repeated here.
     labels: head -> int64 [views, 64], -1 where the head is not asked.
+    regions: int64 [views, 64], which region of the item each patch shows, 0 for
+      none: OBJECTS times the picture's number (from 0), plus the object's (from
+      1), or plus 1 for all that is bright where there are several pictures.
     tiles: 0, 1 or 4 a picture; images: pictures an item, 0 for text alone.
-    groups: (ids [B, Q, T], targets [B, Q, T], types [B][Q]); a target is -1
-      where no token is to be predicted.
+    groups: packed questions, each group with a Q and a T of its own.
   """
 
   pixels_B3HW: np.ndarray
   labels: dict[str, np.ndarray]
+  regions: np.ndarray
   tiles: int
   images: int
-  groups: list[tuple[np.ndarray, np.ndarray, list[list[str]]]]
+  groups: list['Group']
+
+
+class Group(NamedTuple):
+  """Questions: ids and targets [B, Q, T], types [B][Q], about [B, Q, 2].
+
+  A target is -1 where no token is to be predicted; `about` holds regions that
+  a question is about, the same one twice or -1 where there are fewer than two.
+  """
+
+  ids: np.ndarray
+  targets: np.ndarray
+  types: list[list[str]]
+  about: np.ndarray
 
 
 @functools.cache
@@ -82,36 +101,41 @@ def views(image: Image.Image, tiles: int) -> np.ndarray:
   return np.concatenate([base[None], cut.reshape(4, half, half, 3)])
 
 
-def patch_labels(
+def owners(
   scene: Scene, tiles: int, lit: np.ndarray | None = None
-) -> dict[str, np.ndarray]:
-  """Per view and patch, the class of the object that covers most of it.
+) -> np.ndarray:
+  """int64 [views, 64]: 1 + index of the object that covers most of a patch.
 
-  A patch covered less than a quarter, or dimmed, is background. `place` is
-  asked of base views alone: a tile does not know where it stands.
+  0 where the patch is covered less than a quarter, or dimmed.
   """
-  fine = _owners(scene, 2 * CELLS, lit)
   owner = _owners(scene, CELLS, lit)[None]
   if tiles == 4:
+    fine = _owners(scene, 2 * CELLS, lit)
     cut = fine.reshape(2, CELLS, 2, CELLS).transpose(0, 2, 1, 3)
     owner = np.concatenate([owner, cut.reshape(4, CELLS, CELLS)])
-  owner = owner.reshape(len(owner), -1)
-  found = {}
-  for head, classes in HEADS.items():
-    of = [0] + [classes.index(getattr(o, head)) for o in scene.objects]
-    found[head] = np.array(of)[owner]
-  found['place'][1:] = -1
-  return found
+  return owner.reshape(len(owner), -1)
 
 
 def _owners(scene: Scene, cells: int, lit: np.ndarray | None) -> np.ndarray:
-  """[cells, cells]: 1 + index of the covering object, 0 for background."""
   covered = scene.coverage(cells)
   owner = np.where(covered.max(0) >= 0.25, covered.argmax(0) + 1, 0)
   if lit is not None:
     times = cells // lit.shape[0]
     owner = owner * lit.repeat(times, 0).repeat(times, 1)
   return owner
+
+
+def patch_labels(scene: Scene, owner: np.ndarray) -> dict[str, np.ndarray]:
+  """Per view and patch, the class of its owner under every head.
+
+  `place` is asked of base views alone: a tile does not know where it stands.
+  """
+  found = {}
+  for head, classes in HEADS.items():
+    of = [0] + [classes.index(getattr(o, head)) for o in scene.objects]
+    found[head] = np.array(of)[owner]
+  found['place'][1:] = -1
+  return found
 
 
 def picture(scene: Scene, side: int, lit: np.ndarray | None) -> Image.Image:
@@ -124,22 +148,28 @@ def picture(scene: Scene, side: int, lit: np.ndarray | None) -> Image.Image:
   return masks.dim(image, masks.upsample(lit, (side, side), 'exact'))
 
 
-def group(turns: list[list[Turn]]):
-  """Turns [B][Q] as right-padded ids and targets."""
-  rows = []
-  for turn in (t for item in turns for t in item):
+def group(asked: list[list[Asked]]) -> Group:
+  """Turns [B][Q], each about one or two regions or none, as a padded group."""
+  rows, about = [], []
+  for turn, regions in (pair for item in asked for pair in item):
     question, answer = tokens(turn.question), tokens(turn.answer)
     ids = (*question, model.ASSISTANT, *answer, model.EOS)
     rows.append((ids, len(question)))
+    about.append((*regions, *regions)[:2] if regions else (-1, -1))
   longest = max(len(ids) for ids, _ in rows) - 1
   inputs = np.full((len(rows), longest), model.PAD)
   targets = np.full((len(rows), longest), -1)
   for row, (ids, start) in enumerate(rows):
     inputs[row, : len(ids) - 1] = ids[:-1]
     targets[row, start : len(ids) - 1] = ids[start + 1 :]
-  shape = (len(turns), len(turns[0]), longest)
-  types = [[t.type for t in item] for item in turns]
-  return inputs.reshape(shape), targets.reshape(shape), types
+  shape = (len(asked), len(asked[0]), longest)
+  types = [[turn.type for turn, _ in item] for item in asked]
+  return Group(
+    inputs.reshape(shape),
+    targets.reshape(shape),
+    types,
+    np.array(about).reshape(*shape[:2], 2),
+  )
 
 
 def _side(tiles: int) -> int:
@@ -149,11 +179,22 @@ def _side(tiles: int) -> int:
 def _stack(pictures, tiles, images, groups) -> Batch:
   """pictures: (image, scene, lit) of every item, in order."""
   seen = [views(image, tiles) for image, _, _ in pictures]
-  labels = [patch_labels(scene, tiles, lit) for _, scene, lit in pictures]
+  owner = [owners(scene, tiles, lit) for _, scene, lit in pictures]
+  labels = [
+    patch_labels(scene, mine)
+    for (_, scene, _), mine in zip(pictures, owner, strict=True)
+  ]
   joined = {
     head: np.concatenate([found[head] for found in labels]) for head in HEADS
   }
-  return Batch(normalise(np.concatenate(seen)), joined, tiles, images, groups)
+  if images > 1:
+    owner = [
+      (mine > 0) * (number % images * OBJECTS + 1)
+      for number, mine in enumerate(owner)
+    ]
+  regions = np.concatenate(owner)
+  pixels = normalise(np.concatenate(seen))
+  return Batch(pixels, joined, regions, tiles, images, groups)
 
 
 def patches(rng: np.random.Generator, scenes: int) -> Batch:
@@ -174,6 +215,7 @@ def patches(rng: np.random.Generator, scenes: int) -> Batch:
     whole,
     pixels_B3HW=whole.pixels_B3HW[kept],
     labels={head: found[kept] for head, found in whole.labels.items()},
+    regions=whole.regions[kept],
   )
 
 
@@ -201,15 +243,30 @@ def single(
   for _ in range(items):
     scene = _rich(rng)
     pictures.append((picture(scene, side, None), scene, None))
-    turns = questions.scene_turns(scene, rng)
-    plain = [t for t in turns if t.type not in ('describe', 'detect')]
+    turns = [
+      Asked(turn, tuple(i + 1 for i in about))
+      for turn, about in questions.scene_asked(scene, rng)
+    ]
+    plain = [t for t in turns if t.turn.type not in ('describe', 'detect')]
+    if len(scene.objects) > 1:
+      plain = [*_relations(scene, rng, asked // 4), *plain]
     short.append([plain[i % len(plain)] for i in range(asked)])
-    detect.append([t for t in turns if t.type == 'detect'])
-    whole.append([t for t in turns if t.type == 'describe'])
+    detect.append([t for t in turns if t.turn.type == 'detect'])
+    whole.append([t for t in turns if t.turn.type == 'describe'])
   groups = [group(short), group(detect)]
   if describe:
     groups.append(group(whole))
   return _stack(pictures, tiles, 1, groups)
+
+
+def _relations(
+  scene: Scene, rng: np.random.Generator, count: int
+) -> list[Asked]:
+  """Few other questions make a model tell where two things are."""
+  drawn = [questions.relation_asked(scene, rng) for _ in range(count)]
+  return [
+    Asked(one.turn, tuple(i + 1 for i in one.about)) for one in drawn if one
+  ]
 
 
 def _rich(rng: np.random.Generator) -> Scene:
@@ -232,7 +289,7 @@ def masked(rng: np.random.Generator, items: int, tiles: int) -> Batch:
     scene = render.sample(rng)
     lit, thing, empty = _any_mask(scene, rng)
     pictures.append((picture(scene, side, lit), scene, lit))
-    turns = questions.visible_turns(thing, empty)
+    turns = [Asked(t) for t in questions.visible_turns(thing, empty)]
     asked.append([turns[i % len(turns)] for i in range(3)])
   return _stack(pictures, tiles, 1, [group(asked)])
 
@@ -240,46 +297,77 @@ def masked(rng: np.random.Generator, items: int, tiles: int) -> Batch:
 def common(rng: np.random.Generator, items: int, images: int) -> Batch:
   """Several dimmed pictures an item: what do they share, which one does not?
 
-  The bright regions of two of them are asked for as well.
+  Each of them is asked for by its number, and some by what they show.
   """
   pictures, first, each = [], [], []
   for _ in range(items):
-    shown, turn = _set(rng, images)
-    first.append([turn])
-    turns = []
-    for scene, lit, _, _ in shown:
-      pictures.append((picture(scene, model.VIEW, lit), scene, lit))
-    for number in rng.choice(images, 2, replace=False):
-      _, _, thing, empty = shown[number]
-      answer = questions.visible_turns(thing, empty)[0].answer
-      question = f'what is in the bright region of picture {number + 1}?'
-      turns.append(Turn('nth picture', question, answer))
-    each.append(turns)
+    shown, asked = _set(rng, images)
+    first.append([asked])
+    for one in shown:
+      image = picture(one.scene, model.VIEW, one.lit)
+      pictures.append((image, one.scene, one.lit))
+    turns = [*_by_content(shown, rng)[:2], *_by_number(shown)]
+    turns = turns or [asked]
+    each.append([turns[i % len(turns)] for i in range(images + 2)])
   return _stack(pictures, 1, images, [group(first), group(each)])
 
 
-def _set(rng: np.random.Generator, images: int):
-  """(scene, lit, object, empty) of each picture, and the turn that is asked."""
+class _Shown(NamedTuple):
+  """A picture of a set and the objects that are lit in it."""
+
+  scene: Scene
+  lit: np.ndarray
+  things: tuple[render.Object, ...] = ()
+
+
+def _by_number(shown: list[_Shown]) -> list[Asked]:
+  """Every picture asked for by its number, but for those of several objects."""
+  asked = []
+  for number, one in enumerate(shown):
+    if len(one.things) > 1:
+      continue
+    thing = one.things[0] if one.things else None
+    answer = questions.visible_turns(thing, not one.lit.any())[0].answer
+    question = f'what is in the bright region of picture {number + 1}?'
+    turn = Turn('nth picture', question, answer)
+    asked.append(Asked(turn, (number * OBJECTS + 1,)))
+  return asked
+
+
+def _by_content(shown: list[_Shown], rng: np.random.Generator) -> list[Asked]:
+  """Pictures asked for by a label that is only theirs."""
+  asked = []
+  for number in rng.permutation(len(shown)).tolist():
+    if not shown[number].things:
+      continue
+    label = questions.label_of(shown[number].things[0], rng)
+    fit = [
+      any(questions.fits(thing, label) for thing in one.things) for one in shown
+    ]
+    if sum(fit) == 1:
+      turn = questions.which_turn(label, number)
+      asked.append(Asked(turn, (number * OBJECTS + 1,)))
+  return asked
+
+
+def _set(rng: np.random.Generator, images: int) -> tuple[list[_Shown], Asked]:
+  """The pictures, and what is asked of all of them."""
   draw = rng.random()
-  if draw < 0.08:  # nothing but background
+  if draw < 0.07:  # nothing but background
     shown = []
     for _ in range(images):
       scene = render.sample(rng)
-      shown.append((scene, questions.background_mask(scene, rng), None, False))
-    return shown, questions.explain_turn(images, questions.BACKGROUND)
-  if draw < 0.1:  # nothing at all
+      shown.append(_Shown(scene, questions.background_mask(scene, rng)))
+    return shown, Asked(questions.explain_turn(images, questions.BACKGROUND))
+  if draw < 0.09:  # nothing at all
     dark = np.zeros((CELLS, CELLS), bool)
-    shown = [(render.sample(rng), dark, None, True) for _ in range(images)]
-    return shown, questions.explain_turn(images, '')
-  if draw < 0.18:  # whatever comes
-    shown = [_lit(render.sample(rng), {}, rng) for _ in range(images)]
-    answer = questions.shared([thing for _, _, thing, _ in shown])
-    return shown, questions.explain_turn(images, answer)
-  fixed = _fixed(rng)
-  if draw < 0.8 or images < 3:
+    shown = [_Shown(render.sample(rng), dark)] * images
+    return shown, Asked(questions.explain_turn(images, ''))
+  fixed = _fixed(rng) if draw > 0.16 else {}
+  if draw < 0.65 or images < 3:
     shown = [_lit(render.sample(rng, fixed), fixed, rng) for _ in range(images)]
-    answer = questions.shared([thing for _, _, thing, _ in shown])
-    return shown, questions.explain_turn(images, answer)
+    answer = questions.shared([one.things[0] for one in shown])
+    return shown, Asked(questions.explain_turn(images, answer))
   odd = int(rng.integers(images))
   shown = []
   for number in range(images):
@@ -288,11 +376,13 @@ def _set(rng: np.random.Generator, images: int):
       continue
     while True:
       one = _lit(render.sample(rng), {}, rng)
-      if not all(getattr(one[2], k) == v for k, v in fixed.items()):
+      if not all(getattr(one.things[0], k) == v for k, v in fixed.items()):
         break
     shown.append(one)
-  label = questions.shared([s[2] for i, s in enumerate(shown) if i != odd])
-  return shown, questions.intruder_turn(images, label, odd)
+  alike = [one.things[0] for i, one in enumerate(shown) if i != odd]
+  label = questions.shared(alike)
+  turn = questions.intruder_turn(images, label, odd)
+  return shown, Asked(turn, (odd * OBJECTS + 1,))
 
 
 def _fixed(rng: np.random.Generator) -> dict[str, str]:
@@ -312,7 +402,9 @@ def _fixed(rng: np.random.Generator) -> dict[str, str]:
   return fixed
 
 
-def _lit(scene: Scene, fixed: dict[str, str], rng: np.random.Generator):
+def _lit(
+  scene: Scene, fixed: dict[str, str], rng: np.random.Generator
+) -> _Shown:
   """Lights the objects that obey `fixed` (one of them if it is empty)."""
   agree = [
     i
@@ -321,18 +413,19 @@ def _lit(scene: Scene, fixed: dict[str, str], rng: np.random.Generator):
   ]
   if not fixed:
     agree = [int(rng.choice(agree))]
-  thing = scene.objects[agree[0]]
   if len(agree) > 1 and rng.random() < 0.1:
     agree = agree[:1]
-  return scene, questions.mask(scene, agree, rng), thing, False
+  things = tuple(scene.objects[i] for i in agree)
+  return _Shown(scene, questions.mask(scene, agree, rng), things)
 
 
 def text(rng: np.random.Generator, items: int, texts: int) -> Batch:
   """Refiner and category turns, and text explainer turns, no picture."""
   short = [
-    questions.text_turn(rng, ('refine', 'category')[i % 2])
+    Asked(questions.text_turn(rng, ('refine', 'category')[i % 2]))
     for i in range(items)
   ]
-  long = [questions.text_turn(rng, 'common text') for _ in range(texts)]
+  long = [Asked(questions.text_turn(rng, 'common text')) for _ in range(texts)]
   empty = np.zeros((0, 3, model.VIEW, model.VIEW), np.float32)
-  return Batch(empty, {}, 1, 0, [group([short]), group([long])])
+  none = np.zeros((0, CELLS**2), int)
+  return Batch(empty, {}, none, 1, 0, [group([short]), group([long])])

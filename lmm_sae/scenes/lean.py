@@ -65,6 +65,20 @@ def image_tokens(model, features_BP: Tensor, tiles: int) -> Tensor:
     each closed by the newline embedding.
   """
   x = model.multi_modal_projector(features_BP)
+  return in_order(x, model.image_newline, tiles)
+
+
+def in_order(x: Tensor, newline: Tensor, tiles: int) -> Tensor:
+  """One vector a patch, as the LMM reads them.
+
+  Args:
+    x: [images * (1 + tiles), 64, width], base view first.
+    newline: [width], what closes a row of the tiles.
+    tiles: see `image_tokens`.
+
+  Returns:
+    [images, 64 + rows * (columns + 1), width].
+  """
   width = x.shape[-1]
   side = math.isqrt(x.shape[1])
   x = x.view(-1, 1 + tiles, side, side, width)
@@ -74,7 +88,7 @@ def image_tokens(model, features_BP: Tensor, tiles: int) -> Tensor:
   across = math.isqrt(tiles)
   grid = x[:, 1:].view(-1, across, across, side, side, width)
   grid = grid.transpose(2, 3).reshape(-1, across * side, across * side, width)
-  newline = model.image_newline.expand(grid.shape[0], across * side, 1, width)
+  newline = newline.expand(grid.shape[0], across * side, 1, width)
   rows = torch.cat([grid, newline], 2).flatten(1, 2)
   return torch.cat([base, rows], 1)
 
@@ -89,7 +103,9 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
   return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
 
-def language(lm, prefix_BPD: Tensor, groups: list[Tensor]) -> list[Tensor]:
+def language(
+  lm, prefix_BPD: Tensor, groups: list[Tensor], watched: int = -1
+) -> tuple[list[Tensor], list[Tensor]]:
   """Final normed hidden states of question groups that share a prefix.
 
   Args:
@@ -97,6 +113,12 @@ def language(lm, prefix_BPD: Tensor, groups: list[Tensor]) -> list[Tensor]:
     prefix_BPD: embedded prefix of each of B items.
     groups: embedded questions, each [B, Q, T, D] with a Q and a T of its own;
       each question sees its item's prefix and itself, right-padded.
+    watched: a layer whose attention scores are wanted as well, or -1.
+
+  Returns:
+    The hidden states [B, Q, T, D] of each group, and how much each question
+    attends to the prefix at the watched layer, [B, heads, Q, T, P] logits of
+    each group.
   """
   batch, prefix, width = prefix_BPD.shape
   config = lm.config
@@ -118,6 +140,7 @@ def language(lm, prefix_BPD: Tensor, groups: list[Tensor]) -> list[Tensor]:
   angles = positions[:, None].float() * lm.rotary_emb.inv_freq[None].float()
   cos, sin = angles.cos()[:, None], angles.sin()[:, None]
   causal = _causal(prefix, device)
+  seen = []
   for number, layer in enumerate(lm.layers):
     last = number == len(lm.layers) - 1
     attention = layer.self_attn
@@ -148,9 +171,11 @@ def language(lm, prefix_BPD: Tensor, groups: list[Tensor]) -> list[Tensor]:
       qi, ki, vi = (x.permute(0, 3, 1, 2, 4) for x in (qi, ki, vi))
       far = qi.reshape(batch, heads, many * length, size) @ kp.transpose(-1, -2)
       far = far.view(batch, heads, many, length, prefix)
-      near = qi @ ki.transpose(-1, -2)
-      scores = torch.cat([far, near], -1) * (1 / math.sqrt(size))
-      scores = scores + _suffix(prefix, length, device)
+      far = far * (1 / math.sqrt(size))
+      if number == watched:
+        seen.append(far)
+      near = qi @ ki.transpose(-1, -2) * (1 / math.sqrt(size))
+      scores = torch.cat([far, near + _causal(length, device)], -1)
       weights = scores.softmax(-1)
       far, near = weights.split([prefix, length], -1)
       out = far.reshape(batch, heads, many * length, prefix) @ vp
@@ -162,16 +187,10 @@ def language(lm, prefix_BPD: Tensor, groups: list[Tensor]) -> list[Tensor]:
     flat = x + mlp.down_proj(F.silu(mlp.gate_proj(y)) * mlp.up_proj(y))
   flat = rms(lm.norm, flat)
   parts = flat.split(counts[1:])
-  return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+  parts = [p.view(shape) for p, shape in zip(parts, shapes, strict=True)]
+  return parts, seen
 
 
 def _causal(length: int, device) -> Tensor:
   mask = torch.full((length, length), -1e9, device=device)
   return mask.triu(1)
-
-
-def _suffix(prefix: int, length: int, device) -> Tensor:
-  """Zero over the prefix, causal over the question itself."""
-  return torch.cat(
-    [torch.zeros(length, prefix, device=device), _causal(length, device)], 1
-  )

@@ -72,6 +72,7 @@ def corpus() -> list[str]:
   for count in range(1, 6):
     lines += [questions.explain_turn(count, '').question] * 50
     lines += [questions.intruder_turn(count, 'red', 0).question] * 50
+    lines += [questions.which_turn('red', 0).question] * 50
   lines += [prompts.load('visible')] * 50
   lines += [prompts.fill('picture', n=n) for n in range(1, 6)] * 50
   lines += [f'{prompts.MARKER} {prompts.NONE} nothing background'] * 200

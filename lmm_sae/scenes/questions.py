@@ -4,6 +4,8 @@ Every stage's prompts (explain, refine, category, detect, intruder, visible)
 are taught here from the same files that the stages send.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 
 from lmm_sae.core import prompts
@@ -45,6 +47,13 @@ WEIGHTS = {
 }
 
 
+class Asked(NamedTuple):
+  """A turn and the indices of the objects it is about, as far as it is."""
+
+  turn: Turn
+  about: tuple[int, ...] = ()
+
+
 def references(thing: Object, scene: Scene, hidden: str) -> list[str]:
   """Expressions that single out `thing` and do not name what is `hidden`."""
   options = [
@@ -71,13 +80,19 @@ def references(thing: Object, scene: Scene, hidden: str) -> list[str]:
 
 def scene_turns(scene: Scene, rng: np.random.Generator) -> list[Turn]:
   """Turns of every type that the scene allows, in random order of weight."""
-  turns: list[Turn] = []
+  return [asked.turn for asked in scene_asked(scene, rng)]
+
+
+def scene_asked(scene: Scene, rng: np.random.Generator) -> list[Asked]:
+  """`scene_turns`, each with the objects it is about."""
+  turns: list[Asked] = []
 
   def ask(type_, template, thing, hidden, answer, target=''):
     refs = references(thing, scene, hidden)
     if refs:
       ref = refs[rng.integers(len(refs))]
-      turns.append(Turn(type_, template.format(ref), answer, target))
+      turn = Turn(type_, template.format(ref), answer, target)
+      turns.append(Asked(turn, (scene.objects.index(thing),)))
 
   faces = [o for o in scene.objects if o.name == 'face']
   letters = [o for o in scene.objects if o.name in LETTERS]
@@ -93,27 +108,30 @@ def scene_turns(scene: Scene, rng: np.random.Generator) -> list[Turn]:
     if o.name == 'face' and len(faces) == 2:
       refs = [r for r in references(o, scene, 'detail') if 'face' in r]
       ref = refs[rng.integers(len(refs))]
-      turns.append(
-        Turn('two faces', f'how does the {ref} feel?', o.detail, o.detail)
-      )
+      turn = Turn('two faces', f'how does the {ref} feel?', o.detail, o.detail)
+      turns.append(Asked(turn, (scene.objects.index(o),)))
   if len(faces) == 1:
     mood = faces[0].detail
     for question in FEELINGS:
-      turns.append(Turn('emotion', question, mood, mood))
+      turn = Turn('emotion', question, mood, mood)
+      turns.append(Asked(turn, (scene.objects.index(faces[0]),)))
   if len(letters) == 1:
     letter = letters[0].name
-    turns.append(Turn('letter', 'which letter is there?', letter, letter))
-  total = NUMBERS[len(scene.objects)]
-  turns.append(Turn('count', 'how many objects are there?', total))
-  turns.append(Turn('count', 'how many faces are there?', NUMBERS[len(faces)]))
+    turn = Turn('letter', 'which letter is there?', letter, letter)
+    turns.append(Asked(turn, (scene.objects.index(letters[0]),)))
+  many = NUMBERS[len(scene.objects)], NUMBERS[len(faces)]
+  for things, number in zip(('objects', 'faces'), many, strict=True):
+    turn = Turn('count', f'how many {things} are there?', number)
+    turns.append(Asked(turn))
   turns += [_yes_no(scene, rng), _yes_no(scene, rng)]
   turns += [_detect(scene, rng), _detect(scene, rng)]
   turns += [_place(scene, rng), _place(scene, rng)]
-  relation = _relation(scene, rng)
+  relation = relation_asked(scene, rng)
   if relation:
     turns.append(relation)
-  turns.append(Turn('describe', 'describe the picture.', describe(scene)))
-  weights = np.array([WEIGHTS[t.type] + 1e-9 for t in turns])
+  whole = Turn('describe', 'describe the picture.', describe(scene))
+  turns.append(Asked(whole))
+  weights = np.array([WEIGHTS[t.turn.type] + 1e-9 for t in turns])
   order = np.argsort(rng.exponential(size=len(turns)) / weights)
   return [turns[i] for i in order]
 
@@ -167,38 +185,43 @@ def _other_label(scene: Scene, rng: np.random.Generator) -> str:
       return label
 
 
-def _yes_no(scene: Scene, rng: np.random.Generator) -> Turn:
-  yes = bool(rng.integers(2))
-  if yes:
-    thing = scene.objects[rng.integers(len(scene.objects))]
-    label = label_of(thing, rng)
-  else:
-    label = _other_label(scene, rng)
+def _label(scene: Scene, rng: np.random.Generator):
+  """(a label, `yes` or `no`, the object that it is about if it is just one)."""
+  if not rng.integers(2):
+    return _other_label(scene, rng), 'no', ()
+  label = label_of(scene.objects[rng.integers(len(scene.objects))], rng)
+  fit = [i for i, thing in enumerate(scene.objects) if fits(thing, label)]
+  return label, 'yes', tuple(fit) if len(fit) == 1 else ()
+
+
+def _yes_no(scene: Scene, rng: np.random.Generator) -> Asked:
+  label, answer, about = _label(scene, rng)
   if not any(label.endswith(noun) for noun in NOUNS):
     label += ' object'
-  return Turn('yes or no', f'is there a {label}?', 'yes' if yes else 'no')
+  return Asked(Turn('yes or no', f'is there a {label}?', answer), about)
 
 
-def _detect(scene: Scene, rng: np.random.Generator) -> Turn:
-  yes = bool(rng.integers(2))
-  if yes:
-    label = label_of(scene.objects[rng.integers(len(scene.objects))], rng)
-  else:
-    label = _other_label(scene, rng)
+def _detect(scene: Scene, rng: np.random.Generator) -> Asked:
+  label, answer, about = _label(scene, rng)
   question = prompts.fill('detect', label=label)
-  return Turn('detect', question, 'yes' if yes else 'no')
+  return Asked(Turn('detect', question, answer), about)
 
 
-def _place(scene: Scene, rng: np.random.Generator) -> Turn:
-  taken = {o.place: o for o in scene.objects}
+def _place(scene: Scene, rng: np.random.Generator) -> Asked:
+  taken = {o.place: i for i, o in enumerate(scene.objects)}
   place = int(rng.choice(list(taken))) if rng.random() < 0.7 else None
   if place is None:
     place = int(rng.integers(4))
-  answer = taken[place].phrase if place in taken else 'nothing'
-  return Turn('place', f'what is at the {PLACES[place]}?', answer)
+  question = f'what is at the {PLACES[place]}?'
+  if place not in taken:
+    return Asked(Turn('place', question, 'nothing'))
+  index = taken[place]
+  answer = scene.objects[index].phrase
+  return Asked(Turn('place', question, answer), (index,))
 
 
-def _relation(scene: Scene, rng: np.random.Generator) -> Turn | None:
+def relation_asked(scene: Scene, rng: np.random.Generator) -> Asked | None:
+  """Whether one object is left of, right of, above or below another."""
   if len(scene.objects) < 2:
     return None
   i, j = rng.permutation(len(scene.objects))[:2]
@@ -216,9 +239,9 @@ def _relation(scene: Scene, rng: np.random.Generator) -> Turn | None:
   if not all(refs):
     return None
   a, b = (r[rng.integers(len(r))] for r in refs)
-  return Turn(
-    'relation', f'is the {a} {word} the {b}?', 'yes' if true else 'no'
-  )
+  question = f'is the {a} {word} the {b}?'
+  turn = Turn('relation', question, 'yes' if true else 'no')
+  return Asked(turn, (int(i), int(j)))
 
 
 # Masked pictures: what an explainer sees of a latent.
@@ -305,6 +328,12 @@ def explain_turn(count: int, answer: str) -> Turn:
 def intruder_turn(count: int, label: str, position: int) -> Turn:
   question = prompts.fill('intruder', n=count, label=label)
   return Turn('intruder', question, str(position + 1))
+
+
+def which_turn(label: str, position: int) -> Turn:
+  """The opposite of the intruder's: where there is what the others lack."""
+  question = f'which picture shows this: {label}?'
+  return Turn('which picture', question, str(position + 1))
 
 
 # Turns without a picture.

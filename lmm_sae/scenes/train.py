@@ -18,6 +18,7 @@ import os
 import pathlib
 import sys
 import time
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -37,23 +38,20 @@ MALLOC = {
   'MALLOC_TOP_PAD_': '500000000',
 }
 DENSE = 1.0  # weight of the patch loss after stage A
-# Answers that say where something is come last: they weigh more from there on.
-SLOW = {'where': 4.0, 'relation': 4.0, 'nth picture': 2.0, 'intruder': 4.0}
-PICTURES = 580  # step of stage B from which several pictures are shown
-TILED = 1015  # from which pictures have tiles
-LATE = 1885  # step of stage B
+# Answers that say where something is are learned slowly: they weigh more.
+SLOW = {'where': 2.0, 'relation': 2.0, 'nth picture': 1.5, 'intruder': 3.0}
+PICTURES = 450  # step of stage B from which several pictures are shown
+TILED = 750  # from which pictures have tiles
+WATCHED = {6: 3, 8: 4}  # the layer whose heads are told where to look
+GAZE = 1.0  # weight of that
 VISION = 0.25  # the ViT's share of the learning rate after stage A
 
 
-# (step, share of the peak rate): warm-up, plateau, decay. Stage B warms up once
-# more: what binds a thing to its place is learned late, and not at a low rate.
+# (step, share of the peak rate): warm-up, plateau, decay.
 KNOTS = {
-  'a': ((0, 0.0), (100, 1.0), (400, 1.0), (2001, 0.0)),
-  'b': (
-    *((0, 0.0), (100, 1.0), (580, 1.0)),
-    *((2297, 0.26), (2298, 0.7), (3701, 0.0)),
-  ),
-  'c': ((0, 0.0), (100, 1.0), (150, 1.0), (421, 0.0)),
+  'a': ((0, 0.0), (100, 1.0), (300, 1.0), (1301, 0.0)),
+  'b': ((0, 0.0), (100, 1.0), (1100, 1.0), (2501, 0.0)),
+  'c': ((0, 0.0), (60, 1.0), (120, 1.0), (601, 0.0)),
 }
 STEPS = {stage: knots[-1][0] - 1 for stage, knots in KNOTS.items()}
 RATES = {'a': (7e-3, 2e-3), 'b': (3e-3, 1e-3), 'c': (1.5e-3, 5e-4)}
@@ -185,31 +183,81 @@ def dense_loss(t: Trainee, features_BPD: Tensor, batch: Batch):
   return sum(losses) / len(losses), right
 
 
-def answers(t: Trainee, features_BPD: Tensor | None, batch: Batch):
-  """Logits at the answers' positions, their targets, and which turn each is of.
+class Answers(NamedTuple):
+  """What a model says to a batch's questions.
 
-  Returns (logits [n, V], targets [n], turn [n]) where `turn` counts all turns
-  of all groups in order.
+  Attributes:
+    logits, targets: [n, V] and [n], at the positions of the answers.
+    turn: [n], which turn a position is of, over all groups in order.
+    gaze: how far the watched heads are from looking at what a question is
+      about, see `gaze_loss`.
   """
+
+  logits: Tensor
+  targets: Tensor
+  turn: Tensor
+  gaze: Tensor
+
+
+def gaze_loss(scores: Tensor, regions: Tensor, group: batches.Group):
+  """-log of the attention on what is asked about, of all on the pictures.
+
+  A question is about one region or two, and one head looks at each. Without
+  this a model of this size finds out what a thing is long before it learns to
+  look for the thing and say where it is (attention supervision: Liu et al.
+  2017, arXiv 1609.04186).
+
+  Args:
+    scores: [B, heads, Q, T, P] attention logits; heads 0 and 1 are watched.
+    regions: [B, P], the region of each position of the prefix, 0 for none.
+
+  Returns:
+    (sum over the positions of answers and heads, how many they are).
+  """
+  wanted = torch.from_numpy(group.about).permute(0, 2, 1)
+  on = regions[:, None, None, :] == wanted[..., None]
+  asked = torch.from_numpy(group.targets)
+  asked = ((asked >= 0) & (asked != model.EOS))[:, None]
+  asked = asked & on.any(-1)[..., None]
+  share = scores[:, :2].log_softmax(-1)
+  mass = share.masked_fill(~on[..., None, :], -1e9).logsumexp(-1)
+  return -mass[asked].sum(), asked.sum()
+
+
+def answers(t: Trainee, features_BPD: Tensor | None, batch: Batch) -> Answers:
+  """Runs the LMM over the batch; `features_BPD` is its `features`."""
   inner = t.model.model
   embed = inner.language_model.embed_tokens
   items = len(batch.groups[0][0])
   prefix = embed(torch.tensor([[model.BOS, model.USER]])).expand(items, -1, -1)
+  regions = torch.zeros(items, 2, dtype=torch.int64)
   if batch.images:
+    shown = torch.from_numpy(batch.regions)[..., None]
     if batch.tiles == 1:
       features_BPD = features_BPD.repeat_interleave(2, 0)
+      shown = shown.repeat_interleave(2, 0)
     tokens = lean.image_tokens(inner, features_BPD, batch.tiles)
     tokens = tokens.unflatten(0, (items, batch.images))
+    shown = lean.in_order(shown, shown.new_zeros(1), batch.tiles)[..., 0]
+    shown = shown.unflatten(0, (items, batch.images))
     if batch.images > 1:
       names = embed(torch.from_numpy(batches.names(batch.images)))
       names = names.expand(items, *names.shape)
       tokens = torch.cat([names, tokens], 2)
+      shown = F.pad(shown, (names.shape[2], 0))
     prefix = torch.cat([prefix, tokens.flatten(1, 2)], 1)
-  groups = [embed(torch.from_numpy(ids)) for ids, _, _ in batch.groups]
-  hidden = lean.language(inner.language_model, prefix, groups)
+    regions = torch.cat([regions, shown.flatten(1, 2)], 1)
+  groups = [embed(torch.from_numpy(group.ids)) for group in batch.groups]
+  lm = inner.language_model
+  watched = WATCHED[len(lm.layers)]
+  hidden, scores = lean.language(lm, prefix, groups, watched)
+  gaze, looks = torch.zeros(()), 0
+  for score, group in zip(scores, batch.groups, strict=True):
+    far, n = gaze_loss(score, regions, group)
+    gaze, looks = gaze + far, looks + int(n)
   found, wanted, turn, offset = [], [], [], 0
-  for h, (_, targets, _) in zip(hidden, batch.groups, strict=True):
-    targets = torch.from_numpy(targets)
+  for h, group in zip(hidden, batch.groups, strict=True):
+    targets = torch.from_numpy(group.targets)
     asked = targets >= 0
     found.append(h[asked])
     wanted.append(targets[asked])
@@ -217,27 +265,29 @@ def answers(t: Trainee, features_BPD: Tensor | None, batch: Batch):
     turn.append((number[..., None].expand_as(targets) + offset)[asked])
     offset += number.numel()
   logits = torch.cat(found) @ embed.weight.T
-  return logits, torch.cat(wanted), torch.cat(turn)
+  return Answers(
+    logits, torch.cat(wanted), torch.cat(turn), gaze / max(looks, 1)
+  )
 
 
-def answer_loss(
-  logits: Tensor, targets: Tensor, turn: Tensor, weights: list[float]
-) -> Tensor:
+def answer_loss(said: Answers, weights: list[float]) -> Tensor:
   """Cross-entropy; an answer weighs as the root of its length, times its own.
 
   Args:
-    logits, targets, turn: see `answers`.
+    said: see `answers`.
     weights: one a turn.
   """
+  turn = said.turn
   weight = torch.tensor(weights)[turn] * turn.bincount()[turn].rsqrt()
-  losses = F.cross_entropy(logits, targets, reduction='none')
+  losses = F.cross_entropy(said.logits, said.targets, reduction='none')
   return (losses * weight).sum() / weight.sum()
 
 
-def right_by_turn(logits: Tensor, targets: Tensor, turn: Tensor) -> Tensor:
+def right_by_turn(said: Answers) -> Tensor:
   """Whether every token of a turn's answer is the greedy one."""
-  wrong = torch.zeros(int(turn.max()) + 1)
-  wrong.index_add_(0, turn, (logits.argmax(-1) != targets).float())
+  wrong = torch.zeros(int(said.turn.max()) + 1)
+  miss = said.logits.detach().argmax(-1) != said.targets
+  wrong.index_add_(0, said.turn, miss.float())
   return wrong == 0
 
 
@@ -256,17 +306,17 @@ def make_batch(t: Trainee) -> tuple[str, Batch]:
   if t.step % (15 if past < PICTURES else 8) == 5:
     return 'text', batches.text(rng, 24, 4 if past < PICTURES else 8)
   draw = kind.random()
-  if past > PICTURES and draw < (0.24 if t.stage == 'b' else 0.36):
-    images = int(kind.choice((2, 3, 4, 5), p=(0.1, 0.1, 0.2, 0.6)))
+  if past > PICTURES and draw < (0.27 if t.stage == 'b' else 0.36):
+    images = int(kind.choice((2, 3, 4, 5), p=(0.1, 0.15, 0.15, 0.6)))
     return 'common', batches.common(rng, 15 // images, images)
   tiles = 0 if past < TILED else 1
   if tiles and kind.random() < 0.55:
     tiles = 4
   items = 5 if tiles == 4 else 6
-  if draw < (0.38 if t.stage == 'b' else 0.5):
+  if draw < (0.4 if t.stage == 'b' else 0.5):
     return f'masked {tiles}', batches.masked(rng, items, tiles)
   describe = bool(kind.random() < 0.6)
-  return f'single {tiles}', batches.single(rng, items, tiles, 10, describe)
+  return f'single {tiles}', batches.single(rng, items, tiles, 12, describe)
 
 
 def rate(t: Trainee) -> float:
@@ -287,14 +337,14 @@ def train_step(t: Trainee) -> dict[str, float]:
     measured['dense'] = float(dense.detach())
     measured |= {f'patch {head}': value for head, value in right.items()}
   if batch.groups:
-    logits, targets, turn = answers(t, seen, batch)
-    types = [x for _, _, rows in batch.groups for row in rows for x in row]
-    late = t.stage == 'c' or t.step > LATE
-    weights = [SLOW.get(x, 1.0) if late else 1.0 for x in types]
-    spoken = answer_loss(logits, targets, turn, weights)
-    loss = loss + spoken
+    said = answers(t, seen, batch)
+    types = [x for group in batch.groups for row in group.types for x in row]
+    spoken = answer_loss(said, [SLOW.get(x, 1.0) for x in types])
+    loss = loss + spoken + GAZE * said.gaze
     measured[f'loss {name}'] = float(spoken.detach())
-    right = right_by_turn(logits.detach(), targets, turn)
+    if batch.images:
+      measured[f'gaze {name}'] = float(said.gaze.detach())
+    right = right_by_turn(said)
     for type_ in set(types):
       mine = torch.tensor([x == type_ for x in types])
       measured[f'{name.split()[0]} {type_}'] = float(right[mine].float().mean())

@@ -45,8 +45,7 @@ class AllConfig:
     threads: of the subject on a CPU, and of an explainer beside it.
     server_url, server_token: of a running subject server; '' starts one.
     explain_url: of a running explainer; '' starts those named in `explainers`.
-    explainers: packaged sizes or model folders; the first one also serves the
-      score stage.
+    explainers: packaged sizes or model folders; each explains every latent.
     api_key: of the explainer at explain_url.
   """
 
@@ -91,7 +90,7 @@ def run(config: ConfigDict, workdir: Workdir) -> None:
       for flags in _flags(stage, opts, subject, explainers):
         yield from _stage(stage, flags, workdir, seconds)
       if stage == 'explain':
-        for server in explainers[1:]:
+        for server in explainers:
           server.stop()
 
   with _signals_raise(), contextlib.ExitStack() as stack:
@@ -189,7 +188,7 @@ def _flags(
       flags.append(f'--config.server.url={subject.wait()}')
     if opts.server_token:
       flags.append(f'--config.server.token={opts.server_token}')
-  if stage not in ('explain', 'score') or not explainers:
+  if stage != 'explain' or not explainers:
     return [flags]
   return [
     [
@@ -197,7 +196,7 @@ def _flags(
       f'--config.explain.base_url={server.wait()}/v1',
       f'--config.explain.model={server.model}',
     ]
-    for server in (explainers if stage == 'explain' else explainers[:1])
+    for server in explainers
   ]
 
 

@@ -52,7 +52,9 @@ def test_the_lean_forward_gives_the_models_own_logits(small, tiles):
     )
     words = embed(given['input_ids'][:, -9:])
     other = torch.randn(1, 2, 5, words.shape[-1])
-    got = lean.language(inner.language_model, prefix, [other, words[:, None]])
+    got, _ = lean.language(
+      inner.language_model, prefix, [other, words[:, None]]
+    )
   torch.testing.assert_close(got[1][0, 0] @ embed.weight.T, want)
 
 
@@ -100,7 +102,7 @@ def test_patch_labels_name_the_object_that_covers_the_patch():
   scene = render.draw((thing,), np.random.default_rng(0))
   lit = np.ones((8, 8), bool)
   lit[:, 6] = False
-  labels = batches.patch_labels(scene, 4, lit)
+  labels = batches.patch_labels(scene, batches.owners(scene, 4, lit))
   green = batches.HEADS['colour'].index('green')
   base = labels['colour'][0].reshape(8, 8)
   assert base[6, 5] == green
@@ -113,18 +115,96 @@ def test_patch_labels_name_the_object_that_covers_the_patch():
 
 def test_targets_are_the_answer_and_the_end():
   turn = questions.visible_turns(None)[0]
-  ids, targets, types = batches.group([[turn]])
+  ids, targets, types, about = batches.group([[questions.Asked(turn)]])
   answer = [*batches.tokens(turn.answer), model.EOS]
   assert targets[targets >= 0].tolist() == answer
   assert ids[0, 0][targets[0, 0] >= 0][0] == model.ASSISTANT
   assert types == [['visible']]
+  assert (about == -1).all()
 
 
 def test_the_answer_of_a_common_batch_is_what_the_pictures_share():
   made = batches.common(np.random.default_rng(3), 4, 5)
   assert made.pixels_B3HW.shape == (20, 3, 64, 64)
   assert {t for row in made.groups[0][2] for t in row} <= {'common', 'intruder'}
-  assert made.groups[1][0].shape[:2] == (4, 2)
+  assert made.groups[1].ids.shape[:2] == (4, 7)
+  asked = {t for row in made.groups[1].types for t in row}
+  assert asked == {'nth picture', 'which picture'}
+
+
+def test_a_picture_is_named_by_what_only_it_shows():
+  for seed in range(20):
+    rng = np.random.default_rng(seed)
+    shown, _ = batches._set(rng, 4)
+    for turn, (region,) in batches._by_content(shown, rng):
+      label = turn.question.removeprefix('which picture shows this: ')
+      fit = [
+        any(
+          questions.fits(thing, label.removesuffix('?')) for thing in x.things
+        )
+        for x in shown
+      ]
+      assert fit == [i == int(turn.answer) - 1 for i in range(4)]
+      assert region // batches.OBJECTS == int(turn.answer) - 1
+
+
+@pytest.mark.parametrize('tiles', [0, 1, 4])
+def test_a_question_is_about_the_patches_of_its_object(tiles):
+  made = batches.single(np.random.default_rng(tiles), 6, tiles, 8, False)
+  group = made.groups[0]
+  colour = batches.HEADS['colour']
+  views = made.regions.reshape(6, -1, 64)
+  labels = made.labels['colour'].reshape(views.shape)
+  checked = 0
+  for item, types in enumerate(group.types):
+    for number, type_ in enumerate(types):
+      if type_ != 'colour':
+        continue
+      on = views[item] == group.about[item, number, 0]
+      first = group.targets[item, number]
+      answer = [*batches.tokens(colour[labels[item][on][0]]), model.EOS]
+      assert first[first >= 0].tolist() == answer
+      assert len(set(labels[item][on])) == 1
+      checked += 1
+  assert checked
+
+
+def test_the_watched_scores_are_the_models_own_attention(small):
+  given = inputs(1)
+  with torch.no_grad():
+    inner = small.model
+    prefix = torch.randn(2, 11, 192, generator=torch.Generator().manual_seed(0))
+    words = inner.language_model.embed_tokens(given['input_ids'][:, -9:])
+    asked = words.expand(2, 9, -1)[:, None]
+    _, (scores,) = lean.language(inner.language_model, prefix, [asked], 3)
+    whole = inner.language_model(
+      inputs_embeds=torch.cat([prefix, asked[:, 0]], 1), output_attentions=True
+    ).attentions[3]
+  want = whole[:, :, 11:, :11]
+  want = want / want.sum(-1, keepdim=True)
+  torch.testing.assert_close(scores[:, :, 0].softmax(-1), want)
+
+
+def test_the_gaze_loss_is_the_attention_that_misses_what_is_asked_about():
+  rng = np.random.default_rng(0)
+  batch, turns, length, places = 2, 3, 5, 7
+  scores = torch.from_numpy(rng.normal(size=(batch, 4, turns, length, places)))
+  regions = torch.from_numpy(rng.integers(0, 4, size=(batch, places)))
+  targets = np.full((batch, turns, length), -1)
+  targets[:, :, 2:4] = [9, model.EOS]
+  about = rng.integers(1, 4, size=(batch, turns, 2))
+  about[1, 2] = -1  # about nothing
+  about[0, 1] = 5  # about what no patch shows
+  group = batches.Group(targets, targets, [], about)
+  share = scores.softmax(-1)
+  want = []
+  for b, q, h in np.ndindex(batch, turns, 2):
+    on = regions[b] == about[b, q, h]
+    if on.any():
+      want.append(-float(share[b, h, q, 2][on].sum().log()))
+  got, count = train.gaze_loss(scores, regions, group)
+  assert int(count) == len(want) >= 6
+  assert float(got) == pytest.approx(sum(want))
 
 
 def test_muon_makes_matrices_nearly_orthogonal():
