@@ -195,16 +195,8 @@ class SubjectClient:
       logits: (of the answer, of the baseline); tokens: their ids.
       difference: logit(answer) - logit(baseline), float.
     """
-    header = {
-      'layer': layer,
-      'image': None if image is None else 0,
-      'prompt': prompt,
-      'answer': answer,
-      'baseline': baseline,
-      'points': points,
-    }
-    sent = [] if image is None else [image]
-    got, arrays = self._post('/gradient', header, _images(sent))
+    compared = {'answer': answer, 'baseline': baseline, 'points': points}
+    got, arrays = self._ask('/gradient', layer, image, prompt, compared)
     token_map = _token_map(arrays, '0', got['grid'])
     return {
       'x_TD': arrays['x'],
@@ -230,17 +222,13 @@ class SubjectClient:
 
     Answer and baseline as in `gradient`.
     """
-    header = {
-      'layer': layer,
-      'image': None if image is None else 0,
-      'prompt': prompt,
+    compared = {
       'answer': answer,
       'baseline': baseline,
       'edit_sets': [[dataclasses.asdict(e) for e in s] for s in edit_sets],
       'peaks': _used(peaks, [(layer, edits) for edits in edit_sets]),
     }
-    sent = [] if image is None else [image]
-    got, _ = self._post('/logits', header, _images(sent))
+    got, _ = self._ask('/logits', layer, image, prompt, compared)
     return got['differences']
 
   def next(
@@ -253,16 +241,12 @@ class SubjectClient:
     peaks: Peaks | None = None,
   ) -> list[NextToken]:
     """The tokens most likely to come next, best first; plain without edits."""
-    header = {
-      'layer': layer,
-      'image': None if image is None else 0,
-      'prompt': prompt,
+    wanted = {
       'edit_sets': [[dataclasses.asdict(edit) for edit in edits]],
       'top': top,
       'peaks': _used(peaks, [(layer, edits)]),
     }
-    sent = [] if image is None else [image]
-    got, _ = self._post('/logits', header, _images(sent))
+    got, _ = self._ask('/logits', layer, image, prompt, wanted)
     return [NextToken(**token) for token in got['top'][0]]
 
   def ground(
@@ -297,6 +281,19 @@ class SubjectClient:
     sent, header['images'] = _distinct(images)
     _, arrays = self._post('/clip', header, _images(sent))
     return arrays['score_B']
+
+  def _ask(
+    self,
+    path: str,
+    layer: int,
+    image: Image.Image | None,
+    prompt: str,
+    rest: dict[str, Any],
+  ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Posts a question about one prompt, with a picture or without."""
+    index = None if image is None else 0
+    header = {'layer': layer, 'image': index, 'prompt': prompt, **rest}
+    return self._post(path, header, _images([] if image is None else [image]))
 
   def _post(
     self, path: str, header: dict[str, Any], arrays: dict[str, np.ndarray]
