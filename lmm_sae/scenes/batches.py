@@ -364,7 +364,7 @@ def _set(rng: np.random.Generator, images: int) -> tuple[list[_Shown], Asked]:
     shown = [_Shown(render.sample(rng), dark)] * images
     return shown, Asked(questions.explain_turn(images, ''))
   fixed = _fixed(rng) if draw > 0.16 else {}
-  if draw < 0.65 or images < 3:
+  if draw < 0.58 or images < 3:
     shown = [_lit(render.sample(rng, fixed), fixed, rng) for _ in range(images)]
     answer = questions.shared([one.things[0] for one in shown])
     return shown, Asked(questions.explain_turn(images, answer))

@@ -221,27 +221,26 @@ def _place(scene: Scene, rng: np.random.Generator) -> Asked:
 
 
 def relation_asked(scene: Scene, rng: np.random.Generator) -> Asked | None:
-  """Whether one object is left of, right of, above or below another."""
+  """On which side of another object one is, or whether it is higher."""
   if len(scene.objects) < 2:
     return None
-  i, j = rng.permutation(len(scene.objects))[:2]
+  i, j = (int(n) for n in rng.permutation(len(scene.objects))[:2])
   one, two = scene.objects[i], scene.objects[j]
   rows = (one.place // 2, two.place // 2)
   columns = (one.place % 2, two.place % 2)
   options = []
   if columns[0] != columns[1]:
-    options += [('left of', columns[0] < columns[1])]
-    options += [('right of', columns[0] > columns[1])]
+    answer = 'left' if columns[0] < columns[1] else 'right'
+    options.append(('is the {} left or right of the {}?', answer))
   if rows[0] != rows[1]:
-    options += [('above', rows[0] < rows[1]), ('below', rows[0] > rows[1])]
-  word, true = options[rng.integers(len(options))]
+    answer = 'above' if rows[0] < rows[1] else 'below'
+    options.append(('is the {} above or below the {}?', answer))
+  question, answer = options[rng.integers(len(options))]
   refs = [references(o, scene, 'place') for o in (one, two)]
   if not all(refs):
     return None
   a, b = (r[rng.integers(len(r))] for r in refs)
-  question = f'is the {a} {word} the {b}?'
-  turn = Turn('relation', question, 'yes' if true else 'no')
-  return Asked(turn, (int(i), int(j)))
+  return Asked(Turn('relation', question.format(a, b), answer), (i, j))
 
 
 # Masked pictures: what an explainer sees of a latent.

@@ -38,8 +38,15 @@ MALLOC = {
   'MALLOC_TOP_PAD_': '500000000',
 }
 DENSE = 1.0  # weight of the patch loss after stage A
-# Answers that say where something is are learned slowly: they weigh more.
-SLOW = {'where': 2.0, 'relation': 2.0, 'nth picture': 1.5, 'intruder': 3.0}
+# Answers that are learned slowly, those that say where something is: they
+# weigh more.
+SLOW = {
+  'where': 2.0,
+  'relation': 2.0,
+  'describe': 2.0,
+  'nth picture': 1.5,
+  'intruder': 3.0,
+}
 PICTURES = 450  # step of stage B from which several pictures are shown
 TILED = 750  # from which pictures have tiles
 WATCHED = {6: 3, 8: 4}  # the layer whose heads are told where to look

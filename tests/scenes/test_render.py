@@ -85,6 +85,33 @@ def test_answers_hold_of_the_scene():
   assert asked == set(questions.WEIGHTS)
 
 
+def test_a_question_is_about_the_objects_that_it_names():
+  types = set()
+  for i in range(200):
+    made, rng = scene(3, i), np.random.default_rng(i)
+    for turn, about in questions.scene_asked(made, rng):
+      things = [made.objects[index] for index in about]
+      if turn.type == 'relation':
+        one, two = things
+        axis = 1 if turn.answer in ('left', 'right') else 0
+        at = [divmod(thing.place, 2)[axis] for thing in things]
+        assert (at[0] < at[1]) == (turn.answer in ('left', 'above'))
+        assert f' {turn.answer} ' in turn.question
+        first, second = turn.question.removesuffix('?').split(' the ')[1:]
+        first = first.split(' left or ')[0].split(' above or ')[0]
+        assert first in questions.references(one, made, 'place')
+        assert second in questions.references(two, made, 'place')
+      elif turn.type in ('colour', 'texture', 'size'):
+        (thing,) = things
+        named = {'texture': thing.detail}.get(turn.type)
+        assert turn.answer == (named or getattr(thing, turn.type))
+      elif turn.type in ('yes or no', 'detect') and things:
+        assert turn.answer == 'yes'
+      if about:
+        types.add(turn.type)
+  assert {'where', 'place', 'relation', 'what', 'emotion', 'letter'} <= types
+
+
 def test_a_reference_singles_out_one_object():
   made = render.draw(
     (
