@@ -302,12 +302,12 @@ def common(rng: np.random.Generator, items: int, images: int) -> Batch:
   pictures, first, each = [], [], []
   for _ in range(items):
     shown, asked = _set(rng, images)
-    first.append([asked])
+    first.append([asked[0], asked[-1]])
     for one in shown:
       image = picture(one.scene, model.VIEW, one.lit)
       pictures.append((image, one.scene, one.lit))
     turns = [*_by_content(shown, rng)[:2], *_by_number(shown)]
-    turns = turns or [asked]
+    turns = turns or asked
     each.append([turns[i % len(turns)] for i in range(images + 2)])
   return _stack(pictures, 1, images, [group(first), group(each)])
 
@@ -350,67 +350,86 @@ def _by_content(shown: list[_Shown], rng: np.random.Generator) -> list[Asked]:
   return asked
 
 
-def _set(rng: np.random.Generator, images: int) -> tuple[list[_Shown], Asked]:
-  """The pictures, and what is asked of all of them."""
+def _set(
+  rng: np.random.Generator, images: int
+) -> tuple[list[_Shown], list[Asked]]:
+  """The pictures, and the one or two questions about all of them."""
   draw = rng.random()
   if draw < 0.07:  # nothing but background
     shown = []
     for _ in range(images):
       scene = render.sample(rng)
       shown.append(_Shown(scene, questions.background_mask(scene, rng)))
-    return shown, Asked(questions.explain_turn(images, questions.BACKGROUND))
+    return shown, [Asked(questions.explain_turn(images, questions.BACKGROUND))]
   if draw < 0.09:  # nothing at all
     dark = np.zeros((CELLS, CELLS), bool)
     shown = [_Shown(render.sample(rng), dark)] * images
-    return shown, Asked(questions.explain_turn(images, ''))
+    return shown, [Asked(questions.explain_turn(images, ''))]
   fixed = _fixed(rng) if draw > 0.16 else {}
   if draw < 0.58 or images < 3:
     shown = [_lit(render.sample(rng, fixed), fixed, rng) for _ in range(images)]
     answer = questions.shared([one.things[0] for one in shown])
-    return shown, Asked(questions.explain_turn(images, answer))
-  odd = int(rng.integers(images))
+    return shown, [Asked(questions.explain_turn(images, answer))]
+  if rng.random() < 0.5:  # two attributes, each lacking in a picture of its own
+    fixed = {'colour': str(rng.choice(tuple(render.COLOURS))), **_kind(rng)}
+  return _intruders(fixed, images, rng)
+
+
+def _intruders(
+  fixed: dict[str, str], images: int, rng: np.random.Generator
+) -> tuple[list[_Shown], list[Asked]]:
+  """A set of which all pictures but one share each of `fixed`, or all of it."""
+  if len(fixed) == 2 and rng.random() < 0.8:
+    parts = [{name: value} for name, value in fixed.items()]
+  else:
+    parts = [fixed]
+  odds = rng.permutation(images)[: len(parts)].tolist()
   shown = []
   for number in range(images):
-    if number != odd:
-      shown.append(_lit(render.sample(rng, fixed), fixed, rng))
-      continue
+    want, lacks = {}, {}
+    for odd, part in zip(odds, parts, strict=True):
+      (lacks if odd == number else want).update(part)
     while True:
-      one = _lit(render.sample(rng), {}, rng)
-      if not all(getattr(one.things[0], k) == v for k, v in fixed.items()):
+      one = _lit(render.sample(rng, want), want, rng)
+      if not lacks or not any(_agrees(thing, lacks) for thing in one.things):
         break
     shown.append(one)
-  alike = [one.things[0] for i, one in enumerate(shown) if i != odd]
-  label = questions.shared(alike)
-  turn = questions.intruder_turn(images, label, odd)
-  return shown, Asked(turn, (odd * OBJECTS + 1,))
+  asked = []
+  for odd in odds:
+    alike = [one.things[0] for i, one in enumerate(shown) if i != odd]
+    turn = questions.intruder_turn(images, questions.shared(alike), odd)
+    asked.append(Asked(turn, (odd * OBJECTS + 1,)))
+  return shown, asked
+
+
+def _agrees(thing: render.Object, fixed: dict[str, str]) -> bool:
+  return all(getattr(thing, name) == value for name, value in fixed.items())
 
 
 def _fixed(rng: np.random.Generator) -> dict[str, str]:
   """What a set of pictures shares: mostly one attribute, at times two."""
-  fixed = {}
+  colour = {'colour': str(rng.choice(tuple(render.COLOURS)))}
+  draw = rng.random()
+  if draw < 0.3:
+    return colour
+  return _kind(rng) | (colour if draw < 0.45 else {})
+
+
+def _kind(rng: np.random.Generator) -> dict[str, str]:
+  """A name, a texture or an emotion."""
   draw = rng.random()
   if draw < 0.4:
-    fixed['colour'] = str(rng.choice(tuple(render.COLOURS)))
-  if draw < 0.1 or 0.4 <= draw < 0.65:
-    fixed['name'] = str(rng.choice((*render.SHAPES, 'face', *render.LETTERS)))
-  elif 0.65 <= draw < 0.78:
-    fixed['detail'] = str(rng.choice(render.TEXTURES))
-  elif draw >= 0.78:
-    fixed['detail'] = str(rng.choice(render.EMOTIONS))
-  if draw > 0.95:
-    fixed['colour'] = str(rng.choice(tuple(render.COLOURS)))
-  return fixed
+    names = (*render.SHAPES, 'face', *render.LETTERS)
+    return {'name': str(rng.choice(names))}
+  details = render.TEXTURES if draw < 0.6 else render.EMOTIONS
+  return {'detail': str(rng.choice(details))}
 
 
 def _lit(
   scene: Scene, fixed: dict[str, str], rng: np.random.Generator
 ) -> _Shown:
   """Lights the objects that obey `fixed` (one of them if it is empty)."""
-  agree = [
-    i
-    for i, o in enumerate(scene.objects)
-    if all(getattr(o, k) == v for k, v in fixed.items())
-  ]
+  agree = [i for i, thing in enumerate(scene.objects) if _agrees(thing, fixed)]
   if not fixed:
     agree = [int(rng.choice(agree))]
   if len(agree) > 1 and rng.random() < 0.1:

@@ -313,14 +313,14 @@ def make_batch(t: Trainee) -> tuple[str, Batch]:
   if t.step % (15 if past < PICTURES else 8) == 5:
     return 'text', batches.text(rng, 24, 4 if past < PICTURES else 8)
   draw = kind.random()
-  if past > PICTURES and draw < (0.27 if t.stage == 'b' else 0.36):
+  if past > PICTURES and draw < (0.33 if t.stage == 'b' else 0.36):
     images = int(kind.choice((2, 3, 4, 5), p=(0.1, 0.15, 0.15, 0.6)))
     return 'common', batches.common(rng, 15 // images, images)
   tiles = 0 if past < TILED else 1
   if tiles and kind.random() < 0.55:
     tiles = 4
   items = 5 if tiles == 4 else 6
-  if draw < (0.4 if t.stage == 'b' else 0.5):
+  if draw < (0.44 if t.stage == 'b' else 0.5):
     return f'masked {tiles}', batches.masked(rng, items, tiles)
   describe = bool(kind.random() < 0.6)
   return f'single {tiles}', batches.single(rng, items, tiles, 12, describe)

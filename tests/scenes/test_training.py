@@ -148,6 +148,24 @@ def test_a_picture_is_named_by_what_only_it_shows():
       assert region // batches.OBJECTS == int(turn.answer) - 1
 
 
+def test_all_pictures_but_the_intruder_show_the_label():
+  asked = 0
+  for seed in range(40):
+    shown, turns = batches._set(np.random.default_rng(seed), 5)
+    for turn, (*_, region) in ((t, a or (-1,)) for t, a in turns):
+      if turn.type != 'intruder':
+        continue
+      label = turn.question.split('show this: ')[1].split('. Which')[0]
+      fit = [
+        any(questions.fits(thing, label) for thing in one.things)
+        for one in shown
+      ]
+      assert fit == [i != int(turn.answer) - 1 for i in range(5)]
+      assert region // batches.OBJECTS == int(turn.answer) - 1
+      asked += 1
+  assert asked > 10
+
+
 @pytest.mark.parametrize('tiles', [0, 1, 4])
 def test_a_question_is_about_the_patches_of_its_object(tiles):
   made = batches.single(np.random.default_rng(tiles), 6, tiles, 8, False)
