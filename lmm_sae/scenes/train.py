@@ -45,10 +45,12 @@ SLOW = {
   'relation': 2.0,
   'describe': 2.0,
   'nth picture': 1.5,
-  'intruder': 3.0,
+  'intruder': 4.0,
+  'common': 2.0,
 }
 PICTURES = 450  # step of stage B from which several pictures are shown
 TILED = 750  # from which pictures have tiles
+SETS = 2400  # from which most are several pictures
 WATCHED = {6: 3, 8: 4}  # the layer whose heads are told where to look
 GAZE = 1.0  # weight of that
 VISION = 0.25  # the ViT's share of the learning rate after stage A
@@ -57,8 +59,11 @@ VISION = 0.25  # the ViT's share of the learning rate after stage A
 # (step, share of the peak rate): warm-up, plateau, decay.
 KNOTS = {
   'a': ((0, 0.0), (100, 1.0), (300, 1.0), (1301, 0.0)),
-  'b': ((0, 0.0), (100, 1.0), (1100, 1.0), (2501, 0.0)),
-  'c': ((0, 0.0), (60, 1.0), (120, 1.0), (481, 0.0)),
+  'b': (
+    *((0, 0.0), (100, 1.0), (1100, 1.0)),
+    *((2400, 0.1), (2430, 0.3), (2500, 0.3), (2641, 0.0)),
+  ),
+  'c': ((0, 0.0), (60, 1.0), (120, 1.0), (381, 0.0)),
 }
 STEPS = {stage: knots[-1][0] - 1 for stage, knots in KNOTS.items()}
 RATES = {'a': (7e-3, 2e-3), 'b': (3e-3, 1e-3), 'c': (1.5e-3, 5e-4)}
@@ -313,14 +318,15 @@ def make_batch(t: Trainee) -> tuple[str, Batch]:
   if t.step % (15 if past < PICTURES else 8) == 5:
     return 'text', batches.text(rng, 24, 4 if past < PICTURES else 8)
   draw = kind.random()
-  if past > PICTURES and draw < (0.33 if t.stage == 'b' else 0.36):
+  sets = 0.33 if past < SETS or t.stage == 'c' else 0.6
+  if past > PICTURES and draw < sets:
     images = int(kind.choice((2, 3, 4, 5), p=(0.1, 0.15, 0.15, 0.6)))
     return 'common', batches.common(rng, 15 // images, images)
   tiles = 0 if past < TILED else 1
   if tiles and kind.random() < 0.55:
     tiles = 4
   items = 5 if tiles == 4 else 6
-  if draw < (0.44 if t.stage == 'b' else 0.5):
+  if draw < sets + 0.12:
     return f'masked {tiles}', batches.masked(rng, items, tiles)
   describe = bool(kind.random() < 0.6)
   return f'single {tiles}', batches.single(rng, items, tiles, 12, describe)
