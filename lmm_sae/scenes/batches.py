@@ -366,11 +366,11 @@ def _set(
     shown = [_Shown(render.sample(rng), dark)] * images
     return shown, [Asked(questions.explain_turn(images, ''))]
   fixed = _fixed(rng) if draw > 0.16 else {}
-  if draw < 0.58 or images < 3:
+  if draw < 0.5 or images < 3:
     shown = [_lit(render.sample(rng, fixed), fixed, rng) for _ in range(images)]
     answer = questions.shared([one.things[0] for one in shown])
     return shown, [Asked(questions.explain_turn(images, answer))]
-  if rng.random() < 0.5:  # two attributes, each lacking in a picture of its own
+  if rng.random() < 0.7:  # two attributes, each lacking in a picture of its own
     fixed = {'colour': str(rng.choice(tuple(render.COLOURS))), **_kind(rng)}
   return _intruders(fixed, images, rng)
 

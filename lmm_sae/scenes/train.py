@@ -61,7 +61,7 @@ KNOTS = {
   'a': ((0, 0.0), (100, 1.0), (300, 1.0), (1301, 0.0)),
   'b': (
     *((0, 0.0), (100, 1.0), (1100, 1.0)),
-    *((2400, 0.1), (2430, 0.3), (2500, 0.3), (2641, 0.0)),
+    *((2400, 0.1), (2430, 0.4), (2700, 0.4), (2841, 0.0)),
   ),
   'c': ((0, 0.0), (60, 1.0), (120, 1.0), (381, 0.0)),
 }
@@ -224,8 +224,12 @@ def gaze_loss(scores: Tensor, regions: Tensor, group: batches.Group):
     regions: [B, P], the region of each position of the prefix, 0 for none.
 
   Returns:
-    (sum over the positions of answers and heads, how many they are).
+    (sum over the positions of answers and heads, how many they are), each
+    counted as often as its type weighs.
   """
+  weight = torch.tensor(
+    [[SLOW.get(x, 1.0) for x in row] for row in group.types]
+  )
   wanted = torch.from_numpy(group.about).permute(0, 2, 1)
   on = regions[:, None, None, :] == wanted[..., None]
   asked = torch.from_numpy(group.targets)
@@ -233,7 +237,8 @@ def gaze_loss(scores: Tensor, regions: Tensor, group: batches.Group):
   asked = asked & on.any(-1)[..., None]
   share = scores[:, :2].log_softmax(-1)
   mass = share.masked_fill(~on[..., None, :], -1e9).logsumexp(-1)
-  return -mass[asked].sum(), asked.sum()
+  weight = weight[:, None, :, None] * asked
+  return -(mass.masked_fill(~asked, 0) * weight).sum(), weight.sum()
 
 
 def answers(t: Trainee, features_BPD: Tensor | None, batch: Batch) -> Answers:
@@ -263,10 +268,10 @@ def answers(t: Trainee, features_BPD: Tensor | None, batch: Batch) -> Answers:
   lm = inner.language_model
   watched = WATCHED[len(lm.layers)]
   hidden, scores = lean.language(lm, prefix, groups, watched)
-  gaze, looks = torch.zeros(()), 0
+  gaze, looks = torch.zeros(()), 0.0
   for score, group in zip(scores, batch.groups, strict=True):
     far, n = gaze_loss(score, regions, group)
-    gaze, looks = gaze + far, looks + int(n)
+    gaze, looks = gaze + far, looks + float(n)
   found, wanted, turn, offset = [], [], [], 0
   for h, group in zip(hidden, batch.groups, strict=True):
     targets = torch.from_numpy(group.targets)
@@ -278,7 +283,7 @@ def answers(t: Trainee, features_BPD: Tensor | None, batch: Batch) -> Answers:
     offset += number.numel()
   logits = torch.cat(found) @ embed.weight.T
   return Answers(
-    logits, torch.cat(wanted), torch.cat(turn), gaze / max(looks, 1)
+    logits, torch.cat(wanted), torch.cat(turn), gaze / max(looks, 1.0)
   )
 
 

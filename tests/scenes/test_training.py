@@ -213,16 +213,20 @@ def test_the_gaze_loss_is_the_attention_that_misses_what_is_asked_about():
   about = rng.integers(1, 4, size=(batch, turns, 2))
   about[1, 2] = -1  # about nothing
   about[0, 1] = 5  # about what no patch shows
-  group = batches.Group(targets, targets, [], about)
+  types = [['colour', 'intruder', 'what']] * batch
+  group = batches.Group(targets, targets, types, about)
   share = scores.softmax(-1)
-  want = []
+  about[1, 1] = 1
+  want, weights = 0.0, 0.0
   for b, q, h in np.ndindex(batch, turns, 2):
     on = regions[b] == about[b, q, h]
     if on.any():
-      want.append(-float(share[b, h, q, 2][on].sum().log()))
+      weight = train.SLOW['intruder'] if q == 1 else 1.0
+      want -= weight * float(share[b, h, q, 2][on].sum().log())
+      weights += weight
   got, count = train.gaze_loss(scores, regions, group)
-  assert int(count) == len(want) >= 6
-  assert float(got) == pytest.approx(sum(want))
+  assert float(count) == weights > 6
+  assert float(got) == pytest.approx(want)
 
 
 def test_muon_makes_matrices_nearly_orthogonal():
