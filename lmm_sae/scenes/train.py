@@ -63,10 +63,10 @@ KNOTS = {
     *((0, 0.0), (100, 1.0), (1100, 1.0)),
     *((2400, 0.1), (2430, 0.4), (2700, 0.4), (2841, 0.0)),
   ),
-  'c': ((0, 0.0), (60, 1.0), (120, 1.0), (381, 0.0)),
+  'c': ((0, 0.0), (40, 1.0), (100, 1.0), (301, 0.0)),
 }
 STEPS = {stage: knots[-1][0] - 1 for stage, knots in KNOTS.items()}
-RATES = {'a': (7e-3, 2e-3), 'b': (3e-3, 1e-3), 'c': (1.5e-3, 5e-4)}
+RATES = {'a': (7e-3, 2e-3), 'b': (3e-3, 1e-3), 'c': (8e-4, 2.7e-4)}
 STAGES = {'small': 'ab', 'base': 'abc'}
 
 
@@ -323,7 +323,7 @@ def make_batch(t: Trainee) -> tuple[str, Batch]:
   if t.step % (15 if past < PICTURES else 8) == 5:
     return 'text', batches.text(rng, 24, 4 if past < PICTURES else 8)
   draw = kind.random()
-  sets = 0.33 if past < SETS or t.stage == 'c' else 0.6
+  sets = 0.33 if past < SETS else 0.6
   if past > PICTURES and draw < sets:
     images = int(kind.choice((2, 3, 4, 5), p=(0.1, 0.15, 0.15, 0.6)))
     return 'common', batches.common(rng, 15 // images, images)
