@@ -3,10 +3,10 @@
     python -m lmm_sae.scenes.train --size=small --out=DIR
 
 Stage A teaches the ViT what each patch shows; stage B trains everything end to
-end on packed questions, the patch loss kept. That is `small`. `base`
-starts as a small, is grown to twice its size without a change of what it
-computes, and trains on (stage C); `--parent=DIR/checkpoint.pt` of a finished
-small spares it the first two stages. Seeded; killed at any moment, a run goes
+end on packed questions, the patch loss kept, and leaves `trunk.pt`. Stage C
+goes on gently, mostly with several pictures: `small` as it is, `base` grown to
+twice its size without a change of what it computes; `--parent=DIR/trunk.pt` of
+a small spares it the first two stages. Seeded; killed at any moment, a run goes
 on from its last checkpoint, with the batches it would have seen.
 `python -m lmm_sae.scenes.clip` then makes the CLIP judge on the base's trunk.
 """
@@ -53,6 +53,7 @@ TILED = 750  # from which pictures have tiles
 SETS = 2400  # from which most are several pictures
 WATCHED = {6: 3, 8: 4}  # the layer whose heads are told where to look
 GAZE = 1.0  # weight of that
+TRUNK = 'trunk.pt'
 VISION = 0.25  # the ViT's share of the learning rate after stage A
 
 
@@ -67,7 +68,6 @@ KNOTS = {
 }
 STEPS = {stage: knots[-1][0] - 1 for stage, knots in KNOTS.items()}
 RATES = {'a': (7e-3, 2e-3), 'b': (3e-3, 1e-3), 'c': (8e-4, 2.7e-4)}
-STAGES = {'small': 'ab', 'base': 'abc'}
 
 
 def positions(side: int, width: int) -> Tensor:
@@ -88,9 +88,14 @@ def positions(side: int, width: int) -> Tensor:
 class Trainee:
   """The model, its dense heads, its optimiser and how far it has come."""
 
-  def __init__(self, seed: int, team: Team = Team()):  # noqa: B008, frozen
+  def __init__(
+    self,
+    seed: int,
+    team: Team = Team(),  # noqa: B008, frozen
+    size: str = 'small',
+  ):
     torch.manual_seed(seed)
-    self.seed, self.team = seed, team
+    self.seed, self.team, self.size = seed, team, size
     self.model = model.make_model('small')
     width = model.SIZES['small'].vision_width
     total = sum(len(classes) for classes in batches.HEADS.values())
@@ -125,9 +130,9 @@ class Trainee:
     )
 
   def advance(self) -> None:
-    """To the next stage: the optimiser starts anew, and C starts grown."""
+    """To the next stage: the optimiser starts anew, and a base grows for C."""
     self.stage, self.step = chr(ord(self.stage) + 1), 0
-    if self.stage == 'c':
+    if self.stage == 'c' and self.size == 'base':
       torch.manual_seed(self.seed)
       self.model = model.grow(self.model)
     self._optimise()
@@ -137,6 +142,7 @@ class Trainee:
     state = {
       'stage': self.stage,
       'step': self.step,
+      'size': self.size,
       'seed': self.seed,
       'workers': self.team.size,
       'params': {k: v.detach() for k, v in self.named().items()},
@@ -158,7 +164,9 @@ class Trainee:
       )
     self.stage, self.step = state['stage'], state['step']
     if self.stage == 'c':
-      self.model = model.make_model('base')
+      if state['size'] != self.size:
+        raise ValueError(f'{path} is a {state["size"]}: give another --out')
+      self.model = model.make_model(self.size)
     with torch.no_grad():
       for name, p in self.named().items():
         p.copy_(state['params'][name])
@@ -388,20 +396,21 @@ def run(
   """
   out.mkdir(parents=True, exist_ok=True)
   checkpoint = out / 'checkpoint.pt'
-  t = Trainee(seed, team)
+  t = Trainee(seed, team, size)
   if checkpoint.exists():
     t.load(checkpoint)
     logging.info('resumed at stage %s, step %d', t.stage, t.step)
   elif parent:
     t.load(parent)
     if (t.stage, t.step) != ('b', STEPS['b']):
-      raise ValueError(f'{parent} is not the checkpoint of a finished small')
-  final = STAGES[size][-1]
+      raise ValueError(f'{parent} is not the trunk.pt of a small')
   saved = logged = time.monotonic()
   begun, first = time.monotonic(), t.step
   mean: dict[str, list[float]] = {}
-  while not (t.stage == final and t.step == t.steps):
+  while not (t.stage == 'c' and t.step == t.steps):
     if t.step == t.steps:
+      if t.stage == 'b' and not team.rank:
+        t.save(out / TRUNK)
       t.advance()
       begun, first = time.monotonic(), 0
     for key, value in train_step(t).items():

@@ -244,17 +244,26 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path, monkeypatch):
   monkeypatch.setattr(
     train, 'make_batch', lambda t: _make(t, train.batches.WEIGHTS_SEED)
   )
-  whole = train.Trainee(0)
+  whole = train.Trainee(0, size='base')
   _steps(whole, 5)
-  half = train.Trainee(0)
+  half = train.Trainee(0, size='base')
   _steps(half, 3)
   half.save(tmp_path / 'checkpoint.pt')
-  again = train.Trainee(0)
+  again = train.Trainee(0, size='base')
   again.load(tmp_path / 'checkpoint.pt')
   _steps(again, 2)
   assert (again.stage, again.step) == (whole.stage, whole.step) == ('c', 1)
   for name, p in whole.named().items():
     torch.testing.assert_close(again.named()[name], p, rtol=0, atol=0)
+
+
+def test_a_checkpoint_of_another_size_is_refused(tmp_path):
+  grown = train.Trainee(0, size='base')
+  grown.stage = 'b'
+  grown.advance()
+  grown.save(tmp_path / 'checkpoint.pt')
+  with pytest.raises(ValueError, match='is a base: give another --out'):
+    train.Trainee(0).load(tmp_path / 'checkpoint.pt')
 
 
 def _steps(t: train.Trainee, count: int) -> None:

@@ -31,7 +31,7 @@ def test_all_weights_together_stay_below_24_mb():
 @pytest.mark.parametrize('name', ['small', 'base'])
 def test_the_packaged_tokenizer_is_the_recipes(name):
   packaged = transformers.AutoTokenizer.from_pretrained(model.WEIGHTS / name)
-  text = 'how does the red face feel? CONCEPT: letter T'
+  text = 'is the red face left or right of it? above CONCEPT: letter T'
   assert tuple(packaged(text)['input_ids']) == batches.tokens(text)
 
 
