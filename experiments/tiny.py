@@ -18,9 +18,9 @@ def get_config() -> ConfigDict:
   # of 6: above it, questions have read the picture, and edits come too late
   config.lmm.layers = (1,)
   config.sae.latents = 256
-  config.sae.k = 16
-  config.train.steps = 500
-  config.sae.dead_after = 50_000  # of some 1.2 million rows seen
+  config.sae.k = 8
+  config.train.steps = 800
+  config.sae.dead_after = 50_000  # of some 1.6 million rows seen
   config.sae.aux = 32
   config.steer.candidates = 3
   config.steer.doses = (1.0, 2.0, 4.0, 8.0)
