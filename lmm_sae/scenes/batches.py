@@ -172,6 +172,11 @@ def group(asked: list[list[Asked]]) -> Group:
   )
 
 
+def _bright(number: int) -> int:
+  """The region of all that is bright in that picture of several."""
+  return number * OBJECTS + 1
+
+
 def _side(tiles: int) -> int:
   return render.SIDE if tiles == 4 else model.VIEW
 
@@ -189,8 +194,7 @@ def _stack(pictures, tiles, images, groups) -> Batch:
   }
   if images > 1:
     owner = [
-      (mine > 0) * (number % images * OBJECTS + 1)
-      for number, mine in enumerate(owner)
+      (mine > 0) * _bright(number % images) for number, mine in enumerate(owner)
     ]
   regions = np.concatenate(owner)
   pixels = normalise(np.concatenate(seen))
@@ -243,13 +247,12 @@ def single(
   for _ in range(items):
     scene = _rich(rng)
     pictures.append((picture(scene, side, None), scene, None))
-    turns = [
-      Asked(turn, tuple(i + 1 for i in about))
-      for turn, about in questions.scene_asked(scene, rng)
-    ]
+    turns = questions.scene_asked(scene, rng)
+    if len(scene.objects) > 1:  # else few questions tell where two things are
+      more = [questions.relation_asked(scene, rng) for _ in range(asked // 4)]
+      turns = [one for one in more if one] + turns
+    turns = [Asked(t, tuple(i + 1 for i in about)) for t, about in turns]
     plain = [t for t in turns if t.turn.type not in ('describe', 'detect')]
-    if len(scene.objects) > 1:
-      plain = [*_relations(scene, rng, asked // 4), *plain]
     short.append([plain[i % len(plain)] for i in range(asked)])
     detect.append([t for t in turns if t.turn.type == 'detect'])
     whole.append([t for t in turns if t.turn.type == 'describe'])
@@ -257,16 +260,6 @@ def single(
   if describe:
     groups.append(group(whole))
   return _stack(pictures, tiles, 1, groups)
-
-
-def _relations(
-  scene: Scene, rng: np.random.Generator, count: int
-) -> list[Asked]:
-  """Few other questions make a model tell where two things are."""
-  drawn = [questions.relation_asked(scene, rng) for _ in range(count)]
-  return [
-    Asked(one.turn, tuple(i + 1 for i in one.about)) for one in drawn if one
-  ]
 
 
 def _rich(rng: np.random.Generator) -> Scene:
@@ -330,7 +323,7 @@ def _by_number(shown: list[_Shown]) -> list[Asked]:
     answer = questions.visible_turns(thing, not one.lit.any())[0].answer
     question = f'what is in the bright region of picture {number + 1}?'
     turn = Turn('nth picture', question, answer)
-    asked.append(Asked(turn, (number * OBJECTS + 1,)))
+    asked.append(Asked(turn, (_bright(number),)))
   return asked
 
 
@@ -346,7 +339,7 @@ def _by_content(shown: list[_Shown], rng: np.random.Generator) -> list[Asked]:
     ]
     if sum(fit) == 1:
       turn = questions.which_turn(label, number)
-      asked.append(Asked(turn, (number * OBJECTS + 1,)))
+      asked.append(Asked(turn, (_bright(number),)))
   return asked
 
 
@@ -398,7 +391,7 @@ def _intruders(
   for odd in odds:
     alike = [one.things[0] for i, one in enumerate(shown) if i != odd]
     turn = questions.intruder_turn(images, questions.shared(alike), odd)
-    asked.append(Asked(turn, (odd * OBJECTS + 1,)))
+    asked.append(Asked(turn, (_bright(odd),)))
   return shown, asked
 
 
