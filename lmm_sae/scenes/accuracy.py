@@ -16,20 +16,9 @@ import numpy as np
 import torch
 import transformers
 
-from lmm_sae.scenes import batches, train
+from lmm_sae.scenes import batches, losses, model
 
 HELDOUT = 20_241_123  # first word of the seeds of these scenes, nobody else's
-
-
-class _Loaded:
-  """What `train.answers` needs of a trainee."""
-
-  def __init__(self, folder: pathlib.Path):
-    loaded = transformers.LlavaNextForConditionalGeneration.from_pretrained(
-      folder, dtype=torch.float32, local_files_only=True
-    )
-    self.model = loaded.eval()
-    self.tower = loaded.model.vision_tower
 
 
 def exact_match(
@@ -38,22 +27,34 @@ def exact_match(
   """{question type: (share right, number asked)} on held-out scenes.
 
   `visible` is asked of dimmed scenes at 64 and 128 px, `common five` and
-  `intruder` of five pictures, the text types of no picture.
+  `intruder five` of five pictures, the text types of no picture. A question
+  that was drawn twice of the same pictures counts once.
   """
-  loaded = _Loaded(folder)
+  loaded = transformers.LlavaNextForConditionalGeneration.from_pretrained(
+    folder, dtype=torch.float32, local_files_only=True
+  ).eval()
   right: dict[str, list[float]] = collections.defaultdict(list)
-  for number, (batch, prefix) in enumerate(_plan(scenes)):
+  for number, (batch, suffix) in enumerate(_plan(scenes)):
+    made = batch(np.random.default_rng([HELDOUT, number]))
     with torch.no_grad():
-      made = batch(np.random.default_rng([HELDOUT, number]))
-      seen = train.features(loaded, made) if made.images else None
-      hits = train.right_by_turn(train.answers(loaded, seen, made)).tolist()
-    types = [x for group in made.groups for row in group.types for x in row]
-    for type_, hit in zip(types, hits, strict=True):
-      right[f'{type_}{prefix}'].append(hit)
+      seen = losses.features(loaded, made) if made.images else None
+      hits = losses.right_by_turn(losses.answers(loaded, seen, made)).tolist()
+    once = {turn: i for i, turn in enumerate(_turns(made))}
+    types = made.types()
+    for i in once.values():
+      right[f'{types[i]}{suffix}'].append(hits[i])
   return {
     name: (float(np.mean(hits)), len(hits))
     for name, hits in sorted(right.items())
   }
+
+
+def _turns(made: batches.Batch):
+  """(item, ids of question and answer) of each turn, over all groups."""
+  for group in made.groups:
+    for item, rows in enumerate(group.ids):
+      for row in rows:
+        yield item, tuple(row[row != model.PAD].tolist())
 
 
 def _plan(scenes: int):

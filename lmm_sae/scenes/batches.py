@@ -6,14 +6,14 @@ with exactly the batches it would have seen.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from lmm_sae.core import masks, prompts
-from lmm_sae.core.records import Turn
-from lmm_sae.scenes import model, questions, render
+from lmm_sae.scenes import model, questions, render, sets
 from lmm_sae.scenes.questions import Asked
 from lmm_sae.scenes.render import Scene
 
@@ -26,7 +26,6 @@ HEADS = {
   'place': (None, *range(4)),
 }
 TILES = 0.6  # share of the tiles that stage A keeps, of those with an object
-CELLS = model.VIEW // model.PATCH
 OBJECTS = 4  # more than a scene ever has
 
 
@@ -51,6 +50,10 @@ class Batch:
   tiles: int
   images: int
   groups: list['Group']
+
+  def types(self) -> list[str]:
+    """The type of each turn, over all groups in order."""
+    return [x for group in self.groups for row in group.types for x in row]
 
 
 class Group(NamedTuple):
@@ -108,11 +111,11 @@ def owners(
 
   0 where the patch is covered less than a quarter, or dimmed.
   """
-  owner = _owners(scene, CELLS, lit)[None]
+  owner = _owners(scene, model.CELLS, lit)[None]
   if tiles == 4:
-    fine = _owners(scene, 2 * CELLS, lit)
-    cut = fine.reshape(2, CELLS, 2, CELLS).transpose(0, 2, 1, 3)
-    owner = np.concatenate([owner, cut.reshape(4, CELLS, CELLS)])
+    fine = _owners(scene, 2 * model.CELLS, lit)
+    cut = fine.reshape(2, model.CELLS, 2, model.CELLS).transpose(0, 2, 1, 3)
+    owner = np.concatenate([owner, cut.reshape(4, model.CELLS, model.CELLS)])
   return owner.reshape(len(owner), -1)
 
 
@@ -172,6 +175,11 @@ def group(asked: list[list[Asked]]) -> Group:
   )
 
 
+def _object(number: int) -> int:
+  """The region of that object of a single picture."""
+  return number + 1
+
+
 def _bright(number: int) -> int:
   """The region of all that is bright in that picture of several."""
   return number * OBJECTS + 1
@@ -227,7 +235,7 @@ def _any_mask(scene: Scene, rng: np.random.Generator):
   """(lit patches, the object they show or None, whether nothing is lit)."""
   draw = rng.random()
   if draw < 0.04:
-    return np.zeros((CELLS, CELLS), bool), None, True
+    return np.zeros((model.CELLS, model.CELLS), bool), None, True
   if draw < 0.2:
     return questions.background_mask(scene, rng), None, False
   index = int(rng.integers(len(scene.objects)))
@@ -251,10 +259,10 @@ def single(
     if len(scene.objects) > 1:  # else few questions tell where two things are
       more = [questions.relation_asked(scene, rng) for _ in range(asked // 4)]
       turns = [one for one in more if one] + turns
-    turns = [Asked(t, tuple(i + 1 for i in about)) for t, about in turns]
     plain = [t for t in turns if t.turn.type not in ('describe', 'detect')]
-    short.append([plain[i % len(plain)] for i in range(asked)])
-    detect.append([t for t in turns if t.turn.type == 'detect'])
+    short.append(_cycle(plain, asked, _object))
+    found = [t for t in turns if t.turn.type == 'detect']
+    detect.append(_cycle(found, len(found), _object))
     whole.append([t for t in turns if t.turn.type == 'describe'])
   groups = [group(short), group(detect)]
   if describe:
@@ -294,141 +302,26 @@ def common(rng: np.random.Generator, items: int, images: int) -> Batch:
   """
   pictures, first, each = [], [], []
   for _ in range(items):
-    shown, asked = _set(rng, images)
-    first.append([asked[0], asked[-1]])
+    shown, asked = sets.sample(rng, images)
     for one in shown:
       image = picture(one.scene, model.VIEW, one.lit)
       pictures.append((image, one.scene, one.lit))
-    turns = [*_by_content(shown, rng)[:2], *_by_number(shown)]
-    turns = turns or asked
-    each.append([turns[i % len(turns)] for i in range(images + 2)])
+    single = [*sets.by_content(shown, rng)[:2], *sets.by_number(shown)] or asked
+    asked = [*asked, *single][:3]
+    first.append(_cycle(asked, 3, _bright))
+    each.append(_cycle(single, images + 2, _bright))
   return _stack(pictures, 1, images, [group(first), group(each)])
 
 
-class _Shown(NamedTuple):
-  """A picture of a set and the objects that are lit in it."""
+def _cycle(
+  asked: list[Asked], count: int, region: Callable[[int], int]
+) -> list[Asked]:
+  """`count` questions, the first ones again if there are fewer.
 
-  scene: Scene
-  lit: np.ndarray
-  things: tuple[render.Object, ...] = ()
-
-
-def _by_number(shown: list[_Shown]) -> list[Asked]:
-  """Every picture asked for by its number, but for those of several objects."""
-  asked = []
-  for number, one in enumerate(shown):
-    if len(one.things) > 1:
-      continue
-    thing = one.things[0] if one.things else None
-    answer = questions.visible_turns(thing, not one.lit.any())[0].answer
-    question = f'what is in the bright region of picture {number + 1}?'
-    turn = Turn('nth picture', question, answer)
-    asked.append(Asked(turn, (_bright(number),)))
-  return asked
-
-
-def _by_content(shown: list[_Shown], rng: np.random.Generator) -> list[Asked]:
-  """Pictures asked for by a label that is only theirs."""
-  asked = []
-  for number in rng.permutation(len(shown)).tolist():
-    if not shown[number].things:
-      continue
-    label = questions.label_of(shown[number].things[0], rng)
-    fit = [
-      any(questions.fits(thing, label) for thing in one.things) for one in shown
-    ]
-    if sum(fit) == 1:
-      turn = questions.which_turn(label, number)
-      asked.append(Asked(turn, (_bright(number),)))
-  return asked
-
-
-def _set(
-  rng: np.random.Generator, images: int
-) -> tuple[list[_Shown], list[Asked]]:
-  """The pictures, and the one or two questions about all of them."""
-  draw = rng.random()
-  if draw < 0.07:  # nothing but background
-    shown = []
-    for _ in range(images):
-      scene = render.sample(rng)
-      shown.append(_Shown(scene, questions.background_mask(scene, rng)))
-    return shown, [Asked(questions.explain_turn(images, questions.BACKGROUND))]
-  if draw < 0.09:  # nothing at all
-    dark = np.zeros((CELLS, CELLS), bool)
-    shown = [_Shown(render.sample(rng), dark)] * images
-    return shown, [Asked(questions.explain_turn(images, ''))]
-  fixed = _fixed(rng) if draw > 0.16 else {}
-  if draw < 0.5 or images < 3:
-    shown = [_lit(render.sample(rng, fixed), fixed, rng) for _ in range(images)]
-    answer = questions.shared([one.things[0] for one in shown])
-    return shown, [Asked(questions.explain_turn(images, answer))]
-  if rng.random() < 0.7:  # two attributes, each lacking in a picture of its own
-    fixed = {'colour': str(rng.choice(tuple(render.COLOURS))), **_kind(rng)}
-  return _intruders(fixed, images, rng)
-
-
-def _intruders(
-  fixed: dict[str, str], images: int, rng: np.random.Generator
-) -> tuple[list[_Shown], list[Asked]]:
-  """A set of which all pictures but one share each of `fixed`, or all of it."""
-  if len(fixed) == 2 and rng.random() < 0.8:
-    parts = [{name: value} for name, value in fixed.items()]
-  else:
-    parts = [fixed]
-  odds = rng.permutation(images)[: len(parts)].tolist()
-  shown = []
-  for number in range(images):
-    want, lacks = {}, {}
-    for odd, part in zip(odds, parts, strict=True):
-      (lacks if odd == number else want).update(part)
-    while True:
-      one = _lit(render.sample(rng, want), want, rng)
-      if not lacks or not any(_agrees(thing, lacks) for thing in one.things):
-        break
-    shown.append(one)
-  asked = []
-  for odd in odds:
-    alike = [one.things[0] for i, one in enumerate(shown) if i != odd]
-    turn = questions.intruder_turn(images, questions.shared(alike), odd)
-    asked.append(Asked(turn, (_bright(odd),)))
-  return shown, asked
-
-
-def _agrees(thing: render.Object, fixed: dict[str, str]) -> bool:
-  return all(getattr(thing, name) == value for name, value in fixed.items())
-
-
-def _fixed(rng: np.random.Generator) -> dict[str, str]:
-  """What a set of pictures shares: mostly one attribute, at times two."""
-  colour = {'colour': str(rng.choice(tuple(render.COLOURS)))}
-  draw = rng.random()
-  if draw < 0.3:
-    return colour
-  return _kind(rng) | (colour if draw < 0.45 else {})
-
-
-def _kind(rng: np.random.Generator) -> dict[str, str]:
-  """A name, a texture or an emotion."""
-  draw = rng.random()
-  if draw < 0.4:
-    names = (*render.SHAPES, 'face', *render.LETTERS)
-    return {'name': str(rng.choice(names))}
-  details = render.TEXTURES if draw < 0.6 else render.EMOTIONS
-  return {'detail': str(rng.choice(details))}
-
-
-def _lit(
-  scene: Scene, fixed: dict[str, str], rng: np.random.Generator
-) -> _Shown:
-  """Lights the objects that obey `fixed` (one of them if it is empty)."""
-  agree = [i for i, thing in enumerate(scene.objects) if _agrees(thing, fixed)]
-  if not fixed:
-    agree = [int(rng.choice(agree))]
-  if len(agree) > 1 and rng.random() < 0.1:
-    agree = agree[:1]
-  things = tuple(scene.objects[i] for i in agree)
-  return _Shown(scene, questions.mask(scene, agree, rng), things)
+  What they are about becomes regions.
+  """
+  turns = [Asked(t, tuple(map(region, about))) for t, about in asked]
+  return [turns[i % len(turns)] for i in range(count)]
 
 
 def text(rng: np.random.Generator, items: int, texts: int) -> Batch:
@@ -439,5 +332,5 @@ def text(rng: np.random.Generator, items: int, texts: int) -> Batch:
   ]
   long = [Asked(questions.text_turn(rng, 'common text')) for _ in range(texts)]
   empty = np.zeros((0, 3, model.VIEW, model.VIEW), np.float32)
-  none = np.zeros((0, CELLS**2), int)
+  none = np.zeros((0, model.CELLS**2), int)
   return Batch(empty, {}, none, 1, 0, [group([short]), group([long])])

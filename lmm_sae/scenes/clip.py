@@ -107,7 +107,7 @@ def draw(rng: np.random.Generator):
     if label not in labels and label not in render.PLACES:
       labels.append(label)
   of_image = np.zeros((IMAGES, LABELS), np.float32)
-  of_patch = np.zeros((IMAGES, batches.CELLS**2, LABELS), np.float32)
+  of_patch = np.zeros((IMAGES, model.CELLS**2, LABELS), np.float32)
   for i, scene in enumerate(scenes):
     covered = scene.coverage().reshape(len(scene.objects), -1)
     for j, label in enumerate(labels):

@@ -24,6 +24,7 @@ PAD, BOS, EOS, IMAGE, USER, ASSISTANT = range(len(SPECIAL))
 VOCABULARY = 656
 VIEW = 64  # pixels of the base view and of a tile
 PATCH = 8
+CELLS = VIEW // PATCH  # patches a side of a view
 CHAT = (
   '{{ bos_token }}{% for message in messages %}'
   "{% if message['role'] == 'assistant' %}<|assistant|>"
@@ -166,7 +167,7 @@ def make_model(name: str) -> transformers.LlavaNextForConditionalGeneration:
     text_config=text.to_dict(),
     image_token_index=IMAGE,
     image_grid_pinpoints=pinpoints(),
-    image_seq_length=(VIEW // PATCH) ** 2,
+    image_seq_length=CELLS**2,
     vision_feature_layer=-2,
     vision_feature_select_strategy='default',
     tie_word_embeddings=True,

@@ -18,7 +18,6 @@ import os
 import pathlib
 import sys
 import time
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,7 +25,7 @@ from absl import logging
 from torch import Tensor
 from torch.nn import functional as F
 
-from lmm_sae.scenes import batches, lean, model, team
+from lmm_sae.scenes import batches, losses, model, team
 from lmm_sae.scenes.batches import Batch
 from lmm_sae.scenes.muon import Muon
 from lmm_sae.scenes.team import Team
@@ -38,21 +37,10 @@ MALLOC = {
   'MALLOC_TOP_PAD_': '500000000',
 }
 DENSE = 1.0  # weight of the patch loss after stage A
-# Answers that are learned slowly, those that say where something is: they
-# weigh more.
-SLOW = {
-  'where': 2.0,
-  'relation': 2.0,
-  'describe': 2.0,
-  'nth picture': 1.5,
-  'intruder': 4.0,
-  'common': 2.0,
-}
 PICTURES = 450  # step of stage B from which several pictures are shown
 TILED = 750  # from which pictures have tiles
-SETS = 2400  # from which most are several pictures
-WATCHED = {6: 3, 8: 4}  # the layer whose heads are told where to look
-GAZE = 1.0  # weight of that
+SETS = 2000  # from which most are several pictures
+GAZE = 1.0  # weight of telling heads where to look
 TRUNK = 'trunk.pt'
 VISION = 0.25  # the ViT's share of the learning rate after stage A
 
@@ -103,7 +91,7 @@ class Trainee:
     self.norm = torch.nn.LayerNorm(width)
     with torch.no_grad():
       table = self.tower.embeddings.position_embedding.weight
-      table.copy_(positions(batches.CELLS, width))
+      table.copy_(positions(model.CELLS, width))
     self.stage, self.step = 'a', 0
     self._optimise()
 
@@ -122,6 +110,10 @@ class Trainee:
     for name, p in self.norm.named_parameters():
       params[f'heads.norm.{name}'] = p
     return params
+
+  def guesses(self, features_BPD: Tensor) -> Tensor:
+    """Logits of all patch heads side by side, for `losses.dense`."""
+    return self.heads(self.norm(features_BPD))
 
   def _optimise(self) -> None:
     slow = 1.0 if self.stage == 'a' else VISION
@@ -174,148 +166,6 @@ class Trainee:
     self.optimiser.load(state['optimiser'])
 
 
-def features(t: Trainee, batch: Batch) -> Tensor:
-  """Patch features of every view, [views, 64, width]."""
-  pixels = torch.from_numpy(batch.pixels_B3HW)
-  return lean.vision(t.tower, pixels)[:, 1:]
-
-
-def dense_loss(t: Trainee, features_BPD: Tensor, batch: Batch):
-  """Cross-entropy of the patch heads, objects weighing as much as background.
-
-  Returns the loss and the accuracy on object patches by head.
-  """
-  parts = t.heads(t.norm(features_BPD)).split(
-    [len(classes) for classes in batches.HEADS.values()], -1
-  )
-  inside = torch.from_numpy(batch.labels['name'] > 0)
-  weight = torch.where(inside, 0.5 / inside.float().mean().clamp(min=0.02), 0.5)
-  losses, right = [], {}
-  for logits, head in zip(parts, batches.HEADS, strict=True):
-    target = torch.from_numpy(batch.labels[head])
-    asked = target >= 0
-    loss = F.cross_entropy(
-      logits.flatten(0, 1), target.clamp(min=0).flatten(), reduction='none'
-    ).view(target.shape)
-    losses.append((loss * weight)[asked].mean())
-    hit = (logits.argmax(-1) == target) & inside & asked
-    right[head] = float(hit.sum() / (inside & asked).sum().clamp(min=1))
-  return sum(losses) / len(losses), right
-
-
-class Answers(NamedTuple):
-  """What a model says to a batch's questions.
-
-  Attributes:
-    logits, targets: [n, V] and [n], at the positions of the answers.
-    turn: [n], which turn a position is of, over all groups in order.
-    gaze: how far the watched heads are from looking at what a question is
-      about, see `gaze_loss`.
-  """
-
-  logits: Tensor
-  targets: Tensor
-  turn: Tensor
-  gaze: Tensor
-
-
-def gaze_loss(scores: Tensor, regions: Tensor, group: batches.Group):
-  """-log of the attention on what is asked about, of all on the pictures.
-
-  A question is about one region or two, and one head looks at each. Without
-  this a model of this size finds out what a thing is long before it learns to
-  look for the thing and say where it is (attention supervision: Liu et al.
-  2017, arXiv 1609.04186).
-
-  Args:
-    scores: [B, heads, Q, T, P] attention logits; heads 0 and 1 are watched.
-    regions: [B, P], the region of each position of the prefix, 0 for none.
-
-  Returns:
-    (sum over the positions of answers and heads, how many they are), each
-    counted as often as its type weighs.
-  """
-  weight = torch.tensor(
-    [[SLOW.get(x, 1.0) for x in row] for row in group.types]
-  )
-  wanted = torch.from_numpy(group.about).permute(0, 2, 1)
-  on = regions[:, None, None, :] == wanted[..., None]
-  asked = torch.from_numpy(group.targets)
-  asked = ((asked >= 0) & (asked != model.EOS))[:, None]
-  asked = asked & on.any(-1)[..., None]
-  share = scores[:, :2].log_softmax(-1)
-  mass = share.masked_fill(~on[..., None, :], -1e9).logsumexp(-1)
-  weight = weight[:, None, :, None] * asked
-  return -(mass.masked_fill(~asked, 0) * weight).sum(), weight.sum()
-
-
-def answers(t: Trainee, features_BPD: Tensor | None, batch: Batch) -> Answers:
-  """Runs the LMM over the batch; `features_BPD` is its `features`."""
-  inner = t.model.model
-  embed = inner.language_model.embed_tokens
-  items = len(batch.groups[0][0])
-  prefix = embed(torch.tensor([[model.BOS, model.USER]])).expand(items, -1, -1)
-  regions = torch.zeros(items, 2, dtype=torch.int64)
-  if batch.images:
-    shown = torch.from_numpy(batch.regions)[..., None]
-    if batch.tiles == 1:
-      features_BPD = features_BPD.repeat_interleave(2, 0)
-      shown = shown.repeat_interleave(2, 0)
-    tokens = lean.image_tokens(inner, features_BPD, batch.tiles)
-    tokens = tokens.unflatten(0, (items, batch.images))
-    shown = lean.in_order(shown, shown.new_zeros(1), batch.tiles)[..., 0]
-    shown = shown.unflatten(0, (items, batch.images))
-    if batch.images > 1:
-      names = embed(torch.from_numpy(batches.names(batch.images)))
-      names = names.expand(items, *names.shape)
-      tokens = torch.cat([names, tokens], 2)
-      shown = F.pad(shown, (names.shape[2], 0))
-    prefix = torch.cat([prefix, tokens.flatten(1, 2)], 1)
-    regions = torch.cat([regions, shown.flatten(1, 2)], 1)
-  groups = [embed(torch.from_numpy(group.ids)) for group in batch.groups]
-  lm = inner.language_model
-  watched = WATCHED[len(lm.layers)]
-  hidden, scores = lean.language(lm, prefix, groups, watched)
-  gaze, looks = torch.zeros(()), 0.0
-  for score, group in zip(scores, batch.groups, strict=True):
-    far, n = gaze_loss(score, regions, group)
-    gaze, looks = gaze + far, looks + float(n)
-  found, wanted, turn, offset = [], [], [], 0
-  for h, group in zip(hidden, batch.groups, strict=True):
-    targets = torch.from_numpy(group.targets)
-    asked = targets >= 0
-    found.append(h[asked])
-    wanted.append(targets[asked])
-    number = torch.arange(targets[..., 0].numel()).view(targets.shape[:2])
-    turn.append((number[..., None].expand_as(targets) + offset)[asked])
-    offset += number.numel()
-  logits = torch.cat(found) @ embed.weight.T
-  return Answers(
-    logits, torch.cat(wanted), torch.cat(turn), gaze / max(looks, 1.0)
-  )
-
-
-def answer_loss(said: Answers, weights: list[float]) -> Tensor:
-  """Cross-entropy; an answer weighs as the root of its length, times its own.
-
-  Args:
-    said: see `answers`.
-    weights: one a turn.
-  """
-  turn = said.turn
-  weight = torch.tensor(weights)[turn] * turn.bincount()[turn].rsqrt()
-  losses = F.cross_entropy(said.logits, said.targets, reduction='none')
-  return (losses * weight).sum() / weight.sum()
-
-
-def right_by_turn(said: Answers) -> Tensor:
-  """Whether every token of a turn's answer is the greedy one."""
-  wrong = torch.zeros(int(said.turn.max()) + 1)
-  miss = said.logits.detach().argmax(-1) != said.targets
-  wrong.index_add_(0, said.turn, miss.float())
-  return wrong == 0
-
-
 def make_batch(t: Trainee) -> tuple[str, Batch]:
   """The batch of this stage and step: what it is called, and itself.
 
@@ -357,20 +207,20 @@ def train_step(t: Trainee) -> dict[str, float]:
   measured: dict[str, float] = {}
   loss, seen = torch.zeros(()), None
   if batch.images:
-    seen = features(t, batch)
-    dense, right = dense_loss(t, seen, batch)
+    seen = losses.features(t.model, batch)
+    dense, right = losses.dense(t.guesses(seen), batch)
     loss = loss + dense * (1.0 if t.stage == 'a' else DENSE)
     measured['dense'] = float(dense.detach())
     measured |= {f'patch {head}': value for head, value in right.items()}
   if batch.groups:
-    said = answers(t, seen, batch)
-    types = [x for group in batch.groups for row in group.types for x in row]
-    spoken = answer_loss(said, [SLOW.get(x, 1.0) for x in types])
+    said = losses.answers(t.model, seen, batch)
+    spoken = losses.spoken(said)
     loss = loss + spoken + GAZE * said.gaze
     measured[f'loss {name}'] = float(spoken.detach())
     if batch.images:
       measured[f'gaze {name}'] = float(said.gaze.detach())
-    right = right_by_turn(said)
+    right = losses.right_by_turn(said)
+    types = batch.types()
     for type_ in set(types):
       mine = torch.tensor([x == type_ for x in types])
       measured[f'{name.split()[0]} {type_}'] = float(right[mine].float().mean())

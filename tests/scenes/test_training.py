@@ -7,7 +7,17 @@ import pytest
 import torch
 from PIL import Image
 
-from lmm_sae.scenes import batches, lean, model, muon, questions, render, train
+from lmm_sae.scenes import (
+  batches,
+  lean,
+  losses,
+  model,
+  muon,
+  questions,
+  render,
+  sets,
+  train,
+)
 
 
 @pytest.fixture(scope='module')
@@ -126,7 +136,9 @@ def test_targets_are_the_answer_and_the_end():
 def test_the_answer_of_a_common_batch_is_what_the_pictures_share():
   made = batches.common(np.random.default_rng(3), 4, 5)
   assert made.pixels_B3HW.shape == (20, 3, 64, 64)
-  assert {t for row in made.groups[0][2] for t in row} <= {'common', 'intruder'}
+  assert made.groups[0].ids.shape[:2] == (4, 3)
+  for types in made.groups[0].types:
+    assert types[0] in {'common', 'intruder'}
   assert made.groups[1].ids.shape[:2] == (4, 7)
   asked = {t for row in made.groups[1].types for t in row}
   assert asked == {'nth picture', 'which picture'}
@@ -135,35 +147,27 @@ def test_the_answer_of_a_common_batch_is_what_the_pictures_share():
 def test_a_picture_is_named_by_what_only_it_shows():
   for seed in range(20):
     rng = np.random.default_rng(seed)
-    shown, _ = batches._set(rng, 4)
-    for turn, (region,) in batches._by_content(shown, rng):
+    shown, _ = sets.sample(rng, 4)
+    for turn, (number,) in sets.by_content(shown, rng):
       label = turn.question.removeprefix('which picture shows this: ')
-      fit = [
-        any(
-          questions.fits(thing, label.removesuffix('?')) for thing in x.things
-        )
-        for x in shown
-      ]
-      assert fit == [i == int(turn.answer) - 1 for i in range(4)]
-      assert region // batches.OBJECTS == int(turn.answer) - 1
+      fit = [x.fits(label.removesuffix('?')) for x in shown]
+      assert fit == [i == number for i in range(4)]
+      assert turn.answer == str(number + 1)
 
 
 def test_all_pictures_but_the_intruder_show_the_label():
   asked = 0
   for seed in range(40):
-    shown, turns = batches._set(np.random.default_rng(seed), 5)
-    for turn, (*_, region) in ((t, a or (-1,)) for t, a in turns):
+    shown, turns = sets.sample(np.random.default_rng(seed), 5)
+    for turn, about in turns:
       if turn.type != 'intruder':
         continue
       label = turn.question.split('show this: ')[1].split('. Which')[0]
-      fit = [
-        any(questions.fits(thing, label) for thing in one.things)
-        for one in shown
-      ]
+      fit = [one.fits(label) for one in shown]
       assert fit == [i != int(turn.answer) - 1 for i in range(5)]
-      assert region // batches.OBJECTS == int(turn.answer) - 1
+      assert about == (int(turn.answer) - 1,)
       asked += 1
-  assert asked > 10
+  assert asked > 20
 
 
 @pytest.mark.parametrize('tiles', [0, 1, 4])
@@ -221,10 +225,11 @@ def test_the_gaze_loss_is_the_attention_that_misses_what_is_asked_about():
   for b, q, h in np.ndindex(batch, turns, 2):
     on = regions[b] == about[b, q, h]
     if on.any():
-      weight = train.SLOW['intruder'] if q == 1 else 1.0
+      weight = 4.0 if q == 1 else 1.0
       want -= weight * float(share[b, h, q, 2][on].sum().log())
       weights += weight
-  got, count = train.gaze_loss(scores, regions, group)
+  turns = torch.tensor([[1.0, 4.0, 1.0]] * batch)
+  got, count = losses.gaze(scores, regions, group, turns)
   assert float(count) == weights > 6
   assert float(got) == pytest.approx(want)
 
