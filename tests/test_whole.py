@@ -5,6 +5,7 @@ import itertools
 import json
 import pathlib
 import random
+import re
 import subprocess
 import sys
 
@@ -73,8 +74,8 @@ def _files(workdir: pathlib.Path) -> dict[str, object]:
     top = pathlib.Path(name).parts[0]
     if not path.is_file() or top in {'cache', 'logs', *OF_A_RUN}:
       continue
-    if 'checkpoints' in name or top == 'report':
-      continue  # orbax notes times; the report shows them
+    if top == 'report' or re.match(r'sae/\d+/\d+/', name):
+      continue  # the report shows times; orbax draws its files' names
     if path.name == 'summary.json':
       found[name] = json.loads(path.read_text()) | {'seconds': None}
     elif path.suffix == '.npy':
