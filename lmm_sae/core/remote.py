@@ -166,7 +166,7 @@ class SubjectClient:
     header = {'layer': layer, 'rows': asked}
     answer, arrays = self._post('/residual', header, _images(images))
     return [
-      (arrays[f'x_{i}'], _token_map(arrays, f'{i}', grid))
+      (arrays[f'x_{i}'], wire.token_map(arrays, f'{i}', grid))
       for i, grid in enumerate(answer['grids'])
     ]
 
@@ -197,7 +197,7 @@ class SubjectClient:
     """
     compared = {'answer': answer, 'baseline': baseline, 'points': points}
     got, arrays = self._ask('/gradient', layer, image, prompt, compared)
-    token_map = _token_map(arrays, '0', got['grid'])
+    token_map = wire.token_map(arrays, '0', got['grid'])
     return {
       'x_TD': arrays['x'],
       'grad_TD': arrays['grad'],
@@ -398,15 +398,3 @@ def _used(
       ) from error
     used.setdefault(str(layer), {})[str(edit.latent)] = peak
   return used
-
-
-def _token_map(
-  arrays: dict[str, np.ndarray], key: str, grid: Sequence[int]
-) -> TokenMap:
-  fields = {name: arrays[f'{name}_{key}'] for name in ARRAYS}
-  return TokenMap(grid=(grid[0], grid[1]), **fields)
-
-
-def token_arrays(token_map: TokenMap, key: str) -> dict[str, np.ndarray]:
-  """A token map as named arrays of a body: the other half of `_token_map`."""
-  return {f'{n}_{key}': getattr(token_map, n) for n in ARRAYS}

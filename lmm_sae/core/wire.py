@@ -8,11 +8,14 @@ safetensors itself cannot do. Images travel as PNG bytes, never as paths.
 import io
 import json
 import struct
+from collections.abc import Sequence
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 from PIL import Image
+
+from lmm_sae.core.tokens import ARRAYS, TokenMap
 
 FORMAT_VERSION = 1
 
@@ -154,3 +157,16 @@ def picture(data: np.ndarray, max_pixels: int = 2**26) -> Image.Image:
     return image.convert('RGB')
   except (OSError, SyntaxError, Image.DecompressionBombError) as error:
     raise ValueError(f'the image bytes are no PNG: {error}') from error
+
+
+def token_arrays(token_map: TokenMap, key: str) -> dict[str, np.ndarray]:
+  """A token map as named arrays of a body, its grid aside."""
+  return {f'{name}_{key}': getattr(token_map, name) for name in ARRAYS}
+
+
+def token_map(
+  arrays: dict[str, np.ndarray], key: str, grid: Sequence[int]
+) -> TokenMap:
+  """The map of `token_arrays`."""
+  fields = {name: arrays[f'{name}_{key}'] for name in ARRAYS}
+  return TokenMap(grid=(grid[0], grid[1]), **fields)

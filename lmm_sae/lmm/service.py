@@ -16,7 +16,7 @@ from PIL import Image
 
 from lmm_sae.core import remote, wire
 from lmm_sae.lmm import edits as edits_lib
-from lmm_sae.lmm import forward, messages, words
+from lmm_sae.lmm import forward, gradients, messages, words
 from lmm_sae.lmm.forward import Asked, Job
 from lmm_sae.lmm.judges import Clip, Grounder
 from lmm_sae.lmm.llava import Subject
@@ -202,7 +202,7 @@ class Service:
     for i, asked in enumerate(self._ask(_Images(arrays), questions)):
       x_BTD = self.subject.residuals(asked.inputs, [request.layer])
       out[f'x_{i}'] = _numpy(x_BTD[request.layer][0])
-      out |= remote.token_arrays(asked.map, str(i))
+      out |= wire.token_arrays(asked.map, str(i))
       grids.append(list(asked.map.grid))
     return {'grids': grids}, out
 
@@ -211,7 +211,7 @@ class Service:
     self.subject.layer(request.layer)
     asked, tokens = self._contrast(request, _Images(arrays))
     sae = self._sae(request.layer) if request.points > 1 else None
-    found = forward.gradient(
+    found = gradients.gradient(
       self.subject, asked, request.layer, tokens, sae, request.points
     )
     return {
@@ -222,7 +222,7 @@ class Service:
     }, {
       'x': _numpy(found.x_TD.float()),
       'grad': _numpy(found.grad_TD.float()),
-      **remote.token_arrays(asked.map, '0'),
+      **wire.token_arrays(asked.map, '0'),
     }
 
   def _contrast(self, request, images) -> tuple[Asked, tuple[int, int]]:

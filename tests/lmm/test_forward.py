@@ -7,7 +7,7 @@ import torch
 from lmm_sae.core.records import Edit
 from lmm_sae.core.tokens import Kind
 from lmm_sae.lmm import edits as edits_lib
-from lmm_sae.lmm import forward, words
+from lmm_sae.lmm import forward, gradients, words
 from lmm_sae.lmm.forward import Cancelled, Job
 
 LAYER = 1
@@ -251,7 +251,7 @@ def test_the_gradient_is_that_of_the_whole_model(subject, asked):
       logits_V = subject.model(**prompt.inputs).logits[0, -1]
     wanted = logits_V[tokens[0]] - logits_V[tokens[1]]
     (want_1TD,) = torch.autograd.grad(wanted, caught[0])
-    got = forward.gradient(subject, prompt, LAYER, tokens)
+    got = gradients.gradient(subject, prompt, LAYER, tokens)
     assert want_1TD.abs().max() > 1e-3
     torch.testing.assert_close(got.grad_TD, want_1TD[0], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(got.x_TD, caught[0].detach()[0])
@@ -265,7 +265,7 @@ def test_of_the_last_layer_a_small_ablation_costs_its_price(
 ):
   tokens, prompt = (7, 30), asked[2]
   last = subject.num_layers - 1
-  found = forward.gradient(subject, prompt, last, tokens)
+  found = gradients.gradient(subject, prompt, last, tokens)
   code = sae.encode(found.x_TD)
   latent = int(code.idx_NK[-1, 0])
   price = -float(
@@ -291,7 +291,7 @@ def test_prices_of_many_points_add_up_to_what_all_latents_do(
 ):
   """Completeness: the path's ends differ by the sum of the prices."""
   tokens, prompt = (7, 30), asked[2]
-  found = forward.gradient(subject, prompt, LAYER, tokens, sae, 64)
+  found = gradients.gradient(subject, prompt, LAYER, tokens, sae, 64)
   where_T = torch.from_numpy(prompt.map.where('all'))
   part_TD = torch.zeros_like(found.x_TD)
   code = sae.encode(found.x_TD[where_T])
@@ -307,7 +307,7 @@ def test_prices_of_many_points_add_up_to_what_all_latents_do(
   total = float((found.grad_TD * part_TD).sum())
   assert total == pytest.approx(full - none, rel=0.02)
   assert found.logits[0] - found.logits[1] == pytest.approx(full, abs=1e-4)
-  once = forward.gradient(subject, prompt, LAYER, tokens)
+  once = gradients.gradient(subject, prompt, LAYER, tokens)
   assert not torch.allclose(once.grad_TD, found.grad_TD, rtol=0.01)
 
 
