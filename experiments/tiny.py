@@ -18,7 +18,7 @@ def get_config() -> ConfigDict:
   # of 6: above it, questions have read the picture, and edits come too late
   config.lmm.layers = (1,)
   config.sae.latents = 256
-  config.sae.k = 8
+  config.sae.k = 5
   config.train.steps = 800
   config.sae.dead_after = 50_000  # of some 1.6 million rows seen
   config.sae.aux = 32
