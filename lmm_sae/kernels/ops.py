@@ -16,10 +16,12 @@ here, and serve every backend:
 Inputs are float32 or bfloat16; products accumulate in float32 and results are
 float32. Indices are int32 in [0, M) and may repeat within a row.
 
-Backends: `reference` runs anywhere and is the specification; `cpu` is the fast
-one for a CPU. `auto` is `cpu` where JAX runs on a CPU and `reference` on every
-other platform: the choice is made by platform alone, never by shape, and a
-shape that a backend cannot do raises NotImplementedError.
+Backends: `reference` runs anywhere and is the specification; `cpu` is the one
+for a CPU in XLA alone, `native` the faster one in C++, for which a compiler is
+needed. `auto` is `native` where JAX runs on a CPU and it can be built, `cpu` on
+other CPUs, `reference` on every other platform: the choice is made by machine
+alone, never by shape, and a shape that a backend cannot do raises
+NotImplementedError. `lmm-sae doctor` tells which it is and why.
 """
 
 import functools
@@ -28,9 +30,13 @@ import types
 import jax
 import jax.numpy as jnp
 
-from lmm_sae.kernels import cpu, reference
+from lmm_sae.kernels import cpu, native, reference
 
-BACKENDS: dict[str, types.ModuleType] = {'reference': reference, 'cpu': cpu}
+BACKENDS: dict[str, types.ModuleType] = {
+  'reference': reference,
+  'cpu': cpu,
+  'native': native,
+}
 
 
 def backend_name(backend: str) -> str:
@@ -40,7 +46,9 @@ def backend_name(backend: str) -> str:
     NotImplementedError: there is no such backend.
   """
   if backend == 'auto':
-    return 'cpu' if jax.default_backend() == 'cpu' else 'reference'
+    if jax.default_backend() != 'cpu':
+      return 'reference'
+    return 'cpu' if native.why_not() else 'native'
   if backend not in BACKENDS:
     raise NotImplementedError(
       f'kernel backend {backend!r} is not there: use '

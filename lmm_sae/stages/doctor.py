@@ -33,6 +33,11 @@ NEEDS = {  # what the stages need beyond the core
   'all': ('jax', 'torch', 'transformers', 'accelerate', 'fastapi', 'uvicorn'),
 }
 
+KERNELS = (
+  'from lmm_sae.kernels import native, ops; why = native.why_not(); '
+  'print(ops.backend_name("auto") + (f"; native: {why}" if why else ""))'
+)
+
 DEVICES = {
   'jax': 'import jax; print(", ".join(map(str, jax.devices())))',
   'torch': (
@@ -89,6 +94,7 @@ def examine(workdir: Workdir) -> list[Finding]:
       for name, code in DEVICES.items()
       if versions[name]
     ],
+    *([Finding('kernels', devices(KERNELS))] if versions['jax'] else []),
     *[weights(host.weights() / name) for name in MODELS],
     *_workdir(workdir),
   ]

@@ -5,12 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lmm_sae.kernels import cpu, ops, reference
+from lmm_sae.kernels import cpu, native, ops, reference
 
 N, D, M = 5, 6, 12
 TOLERANCE = {'float32': 2e-6, 'bfloat16': 2e-2}
 
-backends = pytest.mark.parametrize('backend', sorted(ops.BACKENDS))
+HERE = sorted(ops.BACKENDS.keys() - ({'native'} if native.why_not() else {}))
+
+backends = pytest.mark.parametrize('backend', HERE)
 dtypes = pytest.mark.parametrize('dtype', sorted(TOLERANCE))
 ks = pytest.mark.parametrize('k', [1, 3, M])
 
@@ -206,7 +208,10 @@ def test_the_cpu_backend_holds_no_array_of_rows_by_latents():
   assert f'{cpu.ROWS}x{latents}' in text
 
 
-def test_auto_is_the_cpu_backend_on_a_cpu():
+def test_auto_on_a_cpu_is_native_where_that_can_be_built(monkeypatch):
+  monkeypatch.setattr(native, 'why_not', lambda: '')
+  assert ops.backend_name('auto') == 'native'
+  monkeypatch.setattr(native, 'why_not', lambda: 'no compiler')
   assert ops.backend_name('auto') == 'cpu'
 
 

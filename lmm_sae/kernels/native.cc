@@ -1,0 +1,570 @@
+// The four kernels for a CPU: blocked products, exact top-k as they are made,
+// sums by latent in a fixed order. `native.py` builds this file for the machine
+// it runs on and says what each function means.
+//
+// Dimension key: N rows, D width, M latents, K active latents a row.
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <condition_variable>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <type_traits>
+#include <vector>
+
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+
+namespace {
+
+// A vector is one register. A micro-tile of the product is kRows rows by kCols
+// vectors of latents, as many accumulators as the register file has room for.
+#ifdef __AVX512F__
+constexpr int kLanes = 16, kRows = 12, kCols = 2;
+#else
+constexpr int kLanes = 8, kRows = 6, kCols = 2;
+#endif
+typedef float Vec __attribute__((vector_size(kLanes * 4)));
+typedef float Loose __attribute__((vector_size(kLanes * 4), aligned(4)));
+
+constexpr int64_t kWide = kLanes * kCols;  // latents of a micro-tile
+constexpr int64_t kDepth = 256;            // words of a row at a time: a sliver
+                                           // of latents stays in the L1 cache
+constexpr int64_t kBlock = 8 * kRows;      // rows of a tile of pre-activations
+constexpr int64_t kPanel = 256;            // latents of that tile
+constexpr int64_t kChunk = 12 * kBlock;    // rows that one packed panel serves
+
+inline Vec load(const float* at) { return *reinterpret_cast<const Loose*>(at); }
+inline void store(float* at, Vec v) { *reinterpret_cast<Loose*>(at) = v; }
+inline float sum(Vec v) {
+  float total = 0;
+  for (int i = 0; i < kLanes; ++i) total += v[i];
+  return total;
+}
+inline int64_t up(int64_t n, int64_t of) { return (n + of - 1) / of * of; }
+
+// Calls work(i) for 0 <= i < count on the pool's threads and on this one, which
+// takes its share instead of waiting for threads that may never be free.
+void parallel(ffi::ThreadPool& pool, int64_t count,
+              std::function<void(int64_t)> work) {
+  struct Shared {
+    std::function<void(int64_t)> work;
+    int64_t count;
+    std::atomic<int64_t> next{0}, done{0};
+    std::mutex mutex;
+    std::condition_variable finished;
+    void run() {
+      for (int64_t i; (i = next.fetch_add(1)) < count;) {
+        work(i);
+        if (done.fetch_add(1) + 1 == count) {
+          std::lock_guard<std::mutex> lock(mutex);
+          finished.notify_all();
+        }
+      }
+    }
+  };
+  if (count <= 0) return;
+  auto shared = std::make_shared<Shared>();
+  shared->work = std::move(work);
+  shared->count = count;
+  int64_t helpers = std::min<int64_t>(pool.num_threads(), count) - 1;
+  for (int64_t i = 0; i < helpers; ++i) {
+    pool.Schedule([shared] { shared->run(); });
+  }
+  shared->run();
+  std::unique_lock<std::mutex> lock(shared->mutex);
+  shared->finished.wait(lock, [&] { return shared->done == count; });
+}
+
+// Rows of `width` words in slivers of kRows, one depth after the other, padded
+// with zeros. A word is a float, or two bfloat16 that stand side by side in D.
+void pack_rows(const float* x, int64_t rows, int64_t width, float* out) {
+  for (int64_t from = 0; from < width; from += kDepth) {
+    int64_t depth = std::min(kDepth, width - from);
+    for (int64_t row = 0; row < rows; row += kRows) {
+      for (int64_t d = 0; d < depth; ++d) {
+        for (int r = 0; r < kRows; ++r) {
+          bool inside = row + r < rows;
+          *out++ = inside ? x[(row + r) * width + from + d] : 0.f;
+        }
+      }
+    }
+  }
+}
+
+// Likewise in slivers of kWide latents.
+void pack_latents(const float* w, int64_t latents, int64_t width, float* out) {
+  for (int64_t from = 0; from < width; from += kDepth) {
+    int64_t depth = std::min(kDepth, width - from);
+    for (int64_t m = 0; m < latents; m += kWide) {
+      for (int64_t j = 0; j < kWide; ++j) {
+        const float* in = w + (m + j) * width + from;
+        bool inside = m + j < latents;
+        for (int64_t d = 0; d < depth; ++d) {
+          out[d * kWide + j] = inside ? in[d] : 0.f;
+        }
+      }
+      out += depth * kWide;
+    }
+  }
+}
+
+// sum + x * w, word by word: x is one word, w a vector of them.
+struct Full {
+  static Vec add(Vec total, const float* x, const float* w) {
+    return total + *x * load(w);
+  }
+};
+
+#ifdef __AVX512BF16__
+struct Half {
+  static Vec add(Vec total, const float* x, const float* w) {
+    __m512i one = _mm512_castps_si512(_mm512_set1_ps(*x));
+    __m512i wide = _mm512_loadu_si512(w);
+    return (Vec)_mm512_dpbf16_ps((__m512)total, (__m512bh)one, (__m512bh)wide);
+  }
+};
+#endif
+
+// tile[kRows, kPanel] += rows sliver times latents sliver.
+template <class Product>
+inline void micro(const float* x, const float* w, int64_t depth, float* tile) {
+  Vec acc[kRows][kCols];
+  for (int r = 0; r < kRows; ++r) {
+    for (int c = 0; c < kCols; ++c) {
+      acc[r][c] = load(tile + r * kPanel + c * kLanes);
+    }
+  }
+  for (int64_t d = 0; d < depth; ++d) {
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+      for (int c = 0; c < kCols; ++c) {
+        acc[r][c] = Product::add(acc[r][c], x + d * kRows + r,
+                                 w + d * kWide + c * kLanes);
+      }
+    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    for (int c = 0; c < kCols; ++c) {
+      store(tile + r * kPanel + c * kLanes, acc[r][c]);
+    }
+  }
+}
+
+// Bit i of the result says whether at[i] > least.
+inline uint32_t above(const float* at, float least) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask(_mm512_loadu_ps(at), _mm512_set1_ps(least),
+                            _CMP_GT_OQ);
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps(_mm256_cmp_ps(
+      _mm256_loadu_ps(at), _mm256_set1_ps(least), _CMP_GT_OQ));
+#else
+  uint32_t bits = 0;
+  for (int i = 0; i < kLanes; ++i) bits |= uint32_t(at[i] > least) << i;
+  return bits;
+#endif
+}
+
+// A value that is not negative, and its index, as one number that orders as
+// top-k does: by value, then by the lower index.
+inline uint64_t key(float value, int64_t index) {
+  uint32_t high;
+  std::memcpy(&high, &value, 4);
+  return uint64_t(high) << 32 | ~uint32_t(index);
+}
+inline float value_of(uint64_t key) {
+  uint32_t high = uint32_t(key >> 32);
+  float value;
+  std::memcpy(&value, &high, 4);
+  return value;
+}
+inline int32_t index_of(uint64_t key) { return int32_t(~uint32_t(key)); }
+
+// Writes the best k of these keys, all of positive values, best first. If they
+// are fewer, zeros of the lowest other indices follow.
+void write(std::vector<uint64_t>& keys, int64_t k, float* values,
+           int32_t* indices) {
+  int64_t count = std::min<int64_t>(k, keys.size());
+  std::partial_sort(keys.begin(), keys.begin() + count, keys.end(),
+                    std::greater<uint64_t>());
+  std::vector<int32_t> taken(count);
+  for (int64_t i = 0; i < count; ++i) {
+    values[i] = value_of(keys[i]);
+    indices[i] = taken[i] = index_of(keys[i]);
+  }
+  if (count == k) return;
+  std::sort(taken.begin(), taken.end());
+  auto skip = taken.begin();
+  for (int32_t i = 0; count < k; ++i) {
+    if (skip != taken.end() && *skip == i) {
+      ++skip;
+      continue;
+    }
+    values[count] = 0.f;
+    indices[count++] = i;
+  }
+}
+
+// Calls take(i, at[i]) where at[i] > least, for 0 <= i < count.
+template <class Take>
+inline void each_above(const float* at, int64_t count, const float& least,
+                       Take take) {
+  for (int64_t i = 0; i < count; i += kLanes) {
+    uint32_t bits = above(at + i, least);
+    if (count - i < kLanes) bits &= (1u << (count - i)) - 1;
+    for (; bits; bits &= bits - 1) {
+      int64_t j = i + __builtin_ctz(bits);
+      take(j, at[j]);
+    }
+  }
+}
+
+// What a row keeps while its pre-activations are made, true to float32.
+class Best {
+ public:
+  using Product = Full;
+
+  Best(int64_t k, const float*, int64_t) : k_(k) {}
+
+  // Latents come in ascending order, so one that only equals the k-th best
+  // loses to those that are kept.
+  void offer(const float* values, int64_t count, int64_t first, float, float) {
+    each_above(values, count, least_, [&](int64_t i, float value) {
+      keys_.push_back(key(value, first + i));
+    });
+    if (int64_t(keys_.size()) < 2 * k_) return;
+    std::nth_element(keys_.begin(), keys_.begin() + k_ - 1, keys_.end(),
+                     std::greater<uint64_t>());
+    keys_.resize(k_);
+    least_ = value_of(keys_.back());
+  }
+
+  void finish(const float*, const float*, const float*, int64_t,
+              float* values, int32_t* indices) {
+    write(keys_, k_, values, indices);
+  }
+
+ private:
+  int64_t k_;
+  float least_ = 0.f;
+  std::vector<uint64_t> keys_;
+};
+
+inline float dot(const float* x, const float* w, int64_t width) {
+  Vec acc[4] = {};
+  int64_t d = 0;
+  for (; d + 4 * kLanes <= width; d += 4 * kLanes) {
+    for (int i = 0; i < 4; ++i) {
+      acc[i] += load(x + d + i * kLanes) * load(w + d + i * kLanes);
+    }
+  }
+  for (; d + kLanes <= width; d += kLanes) acc[0] += load(x + d) * load(w + d);
+  float total = sum((acc[0] + acc[1]) + (acc[2] + acc[3]));
+  for (; d < width; ++d) total += x[d] * w[d];
+  return total;
+}
+
+#ifdef __AVX512BF16__
+// What a row keeps while its pre-activations are made from bfloat16 factors.
+//
+// Rounding a factor to bfloat16 changes it by a share of 2^-8 at most. A float32
+// sum of D products and b is off by at most D 2^-24 (|b| and the sum of their
+// sizes, which is at most |x| |w|, by Cauchy-Schwarz), and so is the sum that it
+// stands for. So the latter lies within
+//   |x| |w| (2^-7 + 2^-16) + (|x| |w| + |b|) D 2^-23
+// of the screened one, and what is not within that of the k-th largest lower
+// bound cannot be among the k best. All else is computed again in float32.
+class Screened {
+ public:
+  using Product = Half;
+
+  Screened(int64_t k, const float* x, int64_t width)
+      : k_(k),
+        sum_(1.01f * float(width + 2) * 0x1p-23f),
+        slack_((1.01f * (0x1p-7f + 0x1p-16f) + sum_) *
+               std::sqrt(dot(x, x, width))) {}
+
+  // norm and bias: at least |w| and |b| of each of these latents.
+  void offer(const float* values, int64_t count, int64_t first, float norm,
+             float bias) {
+    float off = slack_ * norm + sum_ * bias, least = least_ - off;
+    each_above(values, count, least, [&](int64_t i, float value) {
+      if (value + off <= 0.f) return;
+      kept_.push_back({key(std::max(value - off, 0.f), first + i), value + off});
+    });
+    if (int64_t(kept_.size()) < full_) return;
+    std::nth_element(kept_.begin(), kept_.begin() + k_ - 1, kept_.end(),
+                     [](const Kept& a, const Kept& b) { return a.low > b.low; });
+    least_ = value_of(kept_[k_ - 1].low);
+    auto lost = [this](const Kept& one) { return one.high < least_; };
+    kept_.erase(std::remove_if(kept_.begin(), kept_.end(), lost), kept_.end());
+    full_ = std::max<int64_t>(2 * k_, kept_.size() + kept_.size() / 2);
+  }
+
+  void finish(const float* x, const float* w, const float* b, int64_t width,
+              float* values, int32_t* indices) {
+    full_ = 0;
+    if (int64_t(kept_.size()) > k_) offer(nullptr, 0, 0, 0.f, 0.f);
+    std::vector<uint64_t> keys;
+    for (const Kept& one : kept_) {
+      int64_t m = index_of(one.low);
+      float value = dot(x, w + m * width, width) + b[m];
+      if (value > 0.f) keys.push_back(key(value, m));
+    }
+    write(keys, k_, values, indices);
+  }
+
+ private:
+  struct Kept {
+    uint64_t low;  // key of what it is at least
+    float high;    // what it is at most
+  };
+  int64_t k_, full_ = 2 * k_;
+  float sum_, slack_, least_ = 0.f;
+  std::vector<Kept> kept_;
+};
+#endif
+
+using F32 = ffi::Buffer<ffi::F32>;
+using S32 = ffi::Buffer<ffi::S32>;
+using OutF32 = ffi::ResultBuffer<ffi::F32>;
+using OutS32 = ffi::ResultBuffer<ffi::S32>;
+
+// Rows of D floats as rows of words for `Product`, into `room` if need be.
+template <class Product>
+const float* words(const float* x, int64_t rows, int64_t width, float* room) {
+#ifdef __AVX512BF16__
+  if constexpr (std::is_same_v<Product, Half>) {
+    int64_t wide = (width + 1) / 2;
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t d = 0; d < width; d += kLanes) {
+        __mmask16 mask = _cvtu32_mask16(
+            width - d < kLanes ? (1u << (width - d)) - 1 : 0xffffu);
+        __m512 in = _mm512_maskz_loadu_ps(mask, x + r * width + d);
+        __m256i out = (__m256i)_mm512_cvtneps_pbh(in);
+        _mm256_mask_storeu_epi32(room + r * wide + d / 2,
+                                 _cvtu32_mask8(width - d < kLanes
+                                     ? (1u << ((width - d + 1) / 2)) - 1
+                                     : 0xffu), out);
+      }
+    }
+    return room;
+  }
+#endif
+  return x;
+}
+
+template <class Kept>
+void encode_rows(const float* x, const float* w, const float* b, int64_t count,
+                 int64_t latents, int64_t width, int64_t k, float* values,
+                 int32_t* indices) {
+  using Product = typename Kept::Product;
+  int64_t wide = std::is_same_v<Product, Full> ? width : (width + 1) / 2;
+  std::vector<float> own(up(count, kRows) * wide), room(kPanel * wide);
+  std::vector<float> panel(kPanel * wide), tile(kBlock * kPanel);
+  std::vector<Kept> kept;
+  for (int64_t r = 0; r < count; ++r) kept.emplace_back(k, x + r * width, width);
+  for (int64_t r = 0; r < count; r += kBlock) {
+    int64_t block = std::min(kBlock, count - r);
+    pack_rows(words<Product>(x + r * width, block, width, room.data()), block,
+              wide, &own[r * wide]);
+  }
+  for (int64_t m = 0; m < latents; m += kPanel) {
+    int64_t some = std::min(kPanel, latents - m);
+    const float* mine = w + m * width;
+    pack_latents(words<Product>(mine, some, width, room.data()), some, wide,
+                 panel.data());
+    float norm = 0.f, bias = 0.f;
+    for (int64_t j = 0; j < some && !std::is_same_v<Product, Full>; ++j) {
+      norm = std::max(norm, dot(mine + j * width, mine + j * width, width));
+      if (std::isfinite(b[m + j])) bias = std::max(bias, std::abs(b[m + j]));
+    }
+    norm = std::sqrt(norm);
+    for (int64_t r = 0; r < count; r += kBlock) {
+      int64_t block = std::min(kBlock, count - r);
+      for (int64_t i = 0; i < up(block, kRows); ++i) {
+        std::memcpy(&tile[i * kPanel], b + m, some * sizeof(float));
+      }
+      const float *rows = &own[r * wide], *columns = panel.data();
+      for (int64_t from = 0; from < wide; from += kDepth) {
+        int64_t depth = std::min(kDepth, wide - from);
+        for (int64_t j = 0; j < some; j += kWide) {
+          for (int64_t i = 0; i < block; i += kRows) {
+            micro<Product>(rows + i * depth, columns + j * depth, depth,
+                           &tile[i * kPanel + j]);
+          }
+        }
+        rows += up(block, kRows) * depth;
+        columns += up(some, kWide) * depth;
+      }
+      for (int64_t i = 0; i < block; ++i) {
+        kept[r + i].offer(&tile[i * kPanel], some, m, norm, bias);
+      }
+    }
+  }
+  for (int64_t r = 0; r < count; ++r) {
+    kept[r].finish(x + r * width, w, b, width, values + r * k, indices + r * k);
+  }
+}
+
+ffi::Error encode(ffi::ThreadPool pool, F32 x, F32 w, F32 b, OutF32 vals,
+                  OutS32 idx, bool screen) {
+  int64_t rows = x.dimensions()[0], width = x.dimensions()[1];
+  int64_t latents = w.dimensions()[0], k = vals->dimensions()[1];
+  const float *xs = x.typed_data(), *ws = w.typed_data(), *bs = b.typed_data();
+  float* values = vals->typed_data();
+  int32_t* indices = idx->typed_data();
+  int64_t threads = std::max<int64_t>(pool.num_threads(), 1);
+  int64_t chunk = std::min(kChunk, up((rows + threads - 1) / threads, kBlock));
+  auto run = encode_rows<Best>;
+#ifdef __AVX512BF16__
+  if (screen) run = encode_rows<Screened>;
+#else
+  if (screen) {
+    return ffi::Error::Unimplemented("this processor has no AVX512_BF16");
+  }
+#endif
+  parallel(pool, (rows + chunk - 1) / chunk, [=](int64_t c) {
+    int64_t n = c * chunk, count = std::min(chunk, rows - n);
+    run(xs + n * width, ws, bs, count, latents, width, k, values + n * k,
+        indices + n * k);
+  });
+  return ffi::Error::Success();
+}
+
+// y += v * w, of width D.
+inline void axpy(float v, const float* w, int64_t width, float* y) {
+  int64_t d = 0;
+  for (; d + kLanes <= width; d += kLanes) store(y + d, load(y + d) + v * load(w + d));
+  for (; d < width; ++d) y[d] += v * w[d];
+}
+
+constexpr int64_t kTask = 64;  // rows of a task of the sparse products
+
+// Calls work(n) for every row, kTask rows a task.
+void by_rows(ffi::ThreadPool& pool, int64_t rows,
+             std::function<void(int64_t)> work) {
+  parallel(pool, (rows + kTask - 1) / kTask, [=](int64_t task) {
+    int64_t end = std::min(rows, (task + 1) * kTask);
+    for (int64_t n = task * kTask; n < end; ++n) work(n);
+  });
+}
+
+ffi::Error outside() {
+  return ffi::Error::InvalidArgument("an index is not in [0, M)");
+}
+
+bool inside(const int32_t* at, int64_t count, int64_t latents) {
+  uint32_t most = 0;
+  for (int64_t i = 0; i < count; ++i) most = std::max(most, uint32_t(at[i]));
+  return count == 0 || most < uint64_t(latents);
+}
+
+ffi::Error spmm(ffi::ThreadPool pool, F32 v, S32 idx, F32 w, OutF32 y) {
+  int64_t rows = idx.dimensions()[0], k = idx.dimensions()[1];
+  int64_t latents = w.dimensions()[0], width = w.dimensions()[1];
+  const float *vs = v.typed_data(), *ws = w.typed_data();
+  const int32_t* at = idx.typed_data();
+  float* out = y->typed_data();
+  if (!inside(at, rows * k, latents)) return outside();
+  by_rows(pool, rows, [=](int64_t n) {
+    float* mine = out + n * width;
+    std::memset(mine, 0, width * sizeof(float));
+    for (int64_t j = n * k; j < (n + 1) * k; ++j) {
+      if (vs[j] != 0.f) axpy(vs[j], ws + at[j] * width, width, mine);
+    }
+  });
+  return ffi::Error::Success();
+}
+
+ffi::Error sddmm(ffi::ThreadPool pool, F32 x, S32 idx, F32 w, OutF32 v) {
+  int64_t rows = idx.dimensions()[0], k = idx.dimensions()[1];
+  int64_t latents = w.dimensions()[0], width = w.dimensions()[1];
+  const float *xs = x.typed_data(), *ws = w.typed_data();
+  const int32_t* at = idx.typed_data();
+  float* out = v->typed_data();
+  if (!inside(at, rows * k, latents)) return outside();
+  by_rows(pool, rows, [=](int64_t n) {
+    for (int64_t j = n * k; j < (n + 1) * k; ++j) {
+      out[j] = dot(xs + n * width, ws + at[j] * width, width);
+    }
+  });
+  return ffi::Error::Success();
+}
+
+// The places of every latent, in the order of the rows: those of latent m stand
+// in place[first[m]] to place[first[m + 1]].
+struct Places {
+  std::vector<int64_t> first;
+  std::vector<int32_t> place;
+
+  Places(const int32_t* at, int64_t count, int64_t latents)
+      : first(latents + 1), place(count) {
+    for (int64_t i = 0; i < count; ++i) ++first[at[i] + 1];
+    for (int64_t m = 0; m < latents; ++m) first[m + 1] += first[m];
+    std::vector<int64_t> next(first.begin(), first.end() - 1);
+    for (int64_t i = 0; i < count; ++i) place[next[at[i]]++] = int32_t(i);
+  }
+};
+
+ffi::Error spmm_t(ffi::ThreadPool pool, F32 v, S32 idx, F32 x, OutF32 w) {
+  int64_t rows = idx.dimensions()[0], k = idx.dimensions()[1];
+  int64_t latents = w->dimensions()[0], width = w->dimensions()[1];
+  const float *vs = v.typed_data(), *xs = x.typed_data();
+  float* out = w->typed_data();
+  if (!inside(idx.typed_data(), rows * k, latents)) return outside();
+  Places places(idx.typed_data(), rows * k, latents);
+  const int64_t* first = places.first.data();
+  const int32_t* place = places.place.data();
+  by_rows(pool, latents, [=](int64_t m) {
+    float* mine = out + m * width;
+    std::memset(mine, 0, width * sizeof(float));
+    for (int64_t j = first[m]; j < first[m + 1]; ++j) {
+      int64_t i = place[j];
+      if (vs[i] != 0.f) axpy(vs[i], xs + i / k * width, width, mine);
+    }
+  });
+  return ffi::Error::Success();
+}
+
+}  // namespace
+
+extern "C" bool lmm_sae_screens() {
+#ifdef __AVX512BF16__
+  return true;
+#else
+  return false;
+#endif
+}
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(LmmSaeEncode, encode,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<F32>().Arg<F32>().Arg<F32>()
+                                  .Ret<F32>().Ret<S32>()
+                                  .Attr<bool>("screen"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(LmmSaeSpmm, spmm,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<F32>().Arg<S32>().Arg<F32>()
+                                  .Ret<F32>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(LmmSaeSddmm, sddmm,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<F32>().Arg<S32>().Arg<F32>()
+                                  .Ret<F32>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(LmmSaeSpmmT, spmm_t,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<F32>().Arg<S32>().Arg<F32>()
+                                  .Ret<F32>());
