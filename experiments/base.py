@@ -50,11 +50,13 @@ def get_config() -> ConfigDict:
         'warmup': 100,  # optimiser steps of linear warm-up
         'decay_from': 0.5,  # share of the steps after which lr falls to 0
         'clip': 1.0,  # global norm of the gradient
+        'accumulate': 1,  # pieces of a step whose gradients are added up
+        'max_skipped': 10,  # steps with NaN or Inf before the run stops
         'auxk': 1 / 32,  # weight of the loss that wakes dead latents
         'multi_topk': 0.0,  # weight of the FVU at 4k; paper: 1/8, optional
         'kinds': ('all',),  # token kinds trained on; BOS is never in `all`
         'normalise': True,  # train on rows of unit spread; exports are raw
-        'backend': 'auto',  # kernels: auto, reference, cpu
+        'backend': 'auto',  # kernels: auto, native, cpu, reference
         'devices': 1,  # that share the rows of a step; 0: all
         'save_every': 250,  # steps between checkpoints
         'keep': 2,  # checkpoints kept

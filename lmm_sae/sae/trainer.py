@@ -38,6 +38,8 @@ class TrainConfig:
   warmup: int
   decay_from: float
   clip: float
+  accumulate: int
+  max_skipped: int
   auxk: float
   multi_topk: float
   kinds: tuple[str, ...]
@@ -55,6 +57,8 @@ class TrainConfig:
       ('rows', 1),
       ('lr', 0),
       ('warmup', 0),
+      ('accumulate', 1),
+      ('max_skipped', 0),
       ('auxk', 0),
       ('multi_topk', 0),
       ('devices', 0),
@@ -99,6 +103,7 @@ class TrainState:
     opt_state: of Adam.
     idle_M: rows seen since each latent fired.
     scale: what rows are multiplied by.
+    skipped: steps that changed nothing, since something was not finite.
   """
 
   step: jax.Array
@@ -106,6 +111,7 @@ class TrainState:
   opt_state: optax.OptState
   idle_M: jax.Array
   scale: jax.Array
+  skipped: jax.Array
 
 
 def adam() -> optax.GradientTransformation:
@@ -134,6 +140,7 @@ def start(
     opt_state=adam().init(params),
     idle_M=jnp.zeros(config.latents, jnp.int32),
     scale=scale,
+    skipped=jnp.zeros((), jnp.int32),
   )
 
 
@@ -169,17 +176,20 @@ def make_step(
 ) -> Callable[[TrainState, jax.Array], tuple[TrainState, dict]]:
   """The jitted step: (state, batch [N, D]) -> (state, metrics).
 
-  The batch is split over `data`; each device sums over its share, and one psum
-  makes gradients and metrics whole. The state is donated.
+  The batch is split over `data`; each device sums over its share, piece by
+  piece where `accumulate` asks for it, and one psum makes gradients and metrics
+  whole. Where the loss or a gradient is not finite, the step is counted and
+  changes nothing else but its number. The state is donated.
 
   Raises:
-    ValueError: the rows do not divide over the devices.
+    ValueError: the rows do not divide over the devices and the pieces.
   """
   shares = mesh.shape[mesh_lib.DATA]
-  if options.rows % shares:
+  if options.rows % (shares * options.accumulate):
     raise ValueError(
       f'train.rows is {options.rows}, which {shares} devices cannot share '
-      f'evenly: make it a multiple of {shares}'
+      f'evenly in {options.accumulate} piece(s): make it a multiple of '
+      f'{shares * options.accumulate}'
     )
   return _jitted(dataclasses.replace(config, layer=0), options, mesh)
 
@@ -192,7 +202,7 @@ def _jitted(config: SaeConfig, options: TrainConfig, mesh: jax.sharding.Mesh):
     mean_D = whole(jnp.sum(x_ND, 0)) / options.rows
     variance = whole(jnp.sum((x_ND - mean_D) ** 2))
 
-    def loss(params):
+    def loss(params, x_ND):
       terms, code = model.losses(
         params,
         x_ND,
@@ -203,12 +213,26 @@ def _jitted(config: SaeConfig, options: TrainConfig, mesh: jax.sharding.Mesh):
         multi_topk=options.multi_topk,
         backend=options.backend,
       )
-      return terms.total, (terms, code)
+      return terms.total, (terms, count_fired(code, config.latents))
 
-    grads, (terms, code) = jax.grad(loss, has_aux=True)(state.params)
-    grads, terms = whole((grads, terms))
-    fired_M = whole(count_fired(code, config.latents)) > 0
+    def piece(x_ND):
+      grads, rest = jax.grad(loss, has_aux=True)(state.params, x_ND)
+      return grads, *rest
 
+    if options.accumulate == 1:
+      found = piece(x_ND)
+    else:
+      pieces = x_ND.reshape(options.accumulate, -1, config.width)
+      zeros = jax.tree.map(
+        lambda x: jnp.zeros(x.shape, x.dtype),
+        jax.eval_shape(piece, pieces[0]),
+      )
+      found, _ = jax.lax.scan(
+        lambda sums, x_ND: (jax.tree.map(jnp.add, sums, piece(x_ND)), None),
+        zeros,
+        pieces,
+      )
+    grads, terms, fired_M = whole(found)
     grads = model.project(grads, state.params)
     squares = [jnp.sum(grad**2) for grad in jax.tree.leaves(grads)]
     norm = jnp.sqrt(sum(squares))
@@ -217,12 +241,23 @@ def _jitted(config: SaeConfig, options: TrainConfig, mesh: jax.sharding.Mesh):
     updates, opt_state = adam().update(grads, state.opt_state)
     lr = learning_rate(state.step, options=options, latents=config.latents)
     params = jax.tree.map(lambda p, u: p - lr * u, state.params, updates)
-    idle_M = jnp.where(fired_M, 0, state.idle_M + options.rows)
+    idle_M = jnp.where(fired_M > 0, 0, state.idle_M + options.rows)
+    good = jnp.isfinite(terms.total) & jnp.isfinite(norm)
+    new = (
+      model.normalise(params),
+      opt_state,
+      jnp.minimum(idle_M, NEVER),
+    )
+    old = state.params, state.opt_state, state.idle_M
+    params, opt_state, idle_M = jax.tree.map(
+      lambda new, old: jnp.where(good, new, old), new, old
+    )
     state = state.replace(
       step=state.step + 1,
-      params=model.normalise(params),
+      params=params,
       opt_state=opt_state,
-      idle_M=jnp.minimum(idle_M, NEVER),
+      idle_M=idle_M,
+      skipped=state.skipped + ~good,
     )
     metrics = {
       'fvu': terms.fvu,
@@ -231,6 +266,7 @@ def _jitted(config: SaeConfig, options: TrainConfig, mesh: jax.sharding.Mesh):
       'dead': jnp.mean(dead_M),
       'lr': lr,
       'grad_norm': norm,
+      'skipped': state.skipped,
     }
     return state, metrics
 

@@ -7,6 +7,7 @@ and ends with the same parameters, bit for bit.
 
 import dataclasses
 import json
+import math
 import time
 from typing import Any
 
@@ -24,7 +25,8 @@ from lmm_sae.sae.model import SaeConfig
 from lmm_sae.sae.trainer import TrainConfig, TrainState
 
 START_ROWS = 2**14  # rows that b_dec and the scale start from
-FREE = ('backend', 'devices', 'save_every', 'keep')  # may change on resuming
+# What may change on resuming.
+FREE = ('backend', 'devices', 'save_every', 'keep', 'accumulate', 'max_skipped')
 
 
 def run(config: ConfigDict, workdir: Workdir) -> None:
@@ -144,7 +146,7 @@ class Run:
     step = trainer.make_step(self.config, self.options, self.mesh)
     last = self.options.steps
     with records.Appender(self.log) as out:
-      log = StepLog(out, self.config.layer, self.options.rows)
+      log = StepLog(out, self.config.layer, self.options)
       batch_ND = self.put(next(batches))
       for at in progress.track(range(done + 1, last + 1), what='steps'):
         state, numbers = step(state, batch_ND)
@@ -174,10 +176,12 @@ class StepLog:
   above what a step waits for them: the step before is still running then.
   """
 
-  def __init__(self, out: records.Appender, layer: int, rows: int):
+  def __init__(self, out: records.Appender, layer: int, options: TrainConfig):
     self._out = out
     self._layer = layer
-    self._rows = rows
+    self._rows = options.rows
+    self._max_skipped = options.max_skipped
+    self._skipped = 0
     self._pending: tuple[int, dict] | None = None
     self._since = time.monotonic()
     self._wait_s = 0.0
@@ -192,24 +196,40 @@ class StepLog:
     self._pending = (step, numbers)
 
   def flush(self) -> None:
-    """Waits for the pending step and writes its line."""
+    """Waits for the pending step and writes its line.
+
+    Raises:
+      ValueError: more steps than are allowed found something not finite.
+    """
     if self._pending is None:
       return
     step, numbers = self._pending
     self._pending = None
     numbers = {key: float(x) for key, x in jax.device_get(numbers).items()}
+    skipped = int(numbers.pop('skipped'))
+    finite = {k: x if math.isfinite(x) else None for k, x in numbers.items()}
     now = time.monotonic()
     gone = max(now - self._since, 1e-9)
     self._out.add(
       {
         'layer': self._layer,
         'step': step,
-        **numbers,
+        **finite,
+        'skipped': skipped,
         'rows_per_s': round(self._rows / gone, 1),
         'input_wait_share': round(min(self._wait_s / gone, 1.0), 4),
       }
     )
     self._since, self._wait_s = now, 0.0
+    if skipped > self._skipped:
+      logging.warning('step %d skipped: something in it is not finite', step)
+      self._skipped = skipped
+    if skipped > self._max_skipped:
+      raise ValueError(
+        f'{skipped} steps of layer {self._layer} met NaN or Inf, in their rows '
+        'or their gradients: look at the stored rows with `lmm-sae inspect`, '
+        'lower train.lr, or raise train.max_skipped'
+      )
 
 
 def check(found: dict, wanted: dict, path) -> None:

@@ -116,6 +116,44 @@ def test_eight_devices_equal_one():
   np.testing.assert_array_equal(one.idle_M, eight.idle_M)
 
 
+def test_pieces_add_up_to_the_whole_batch():
+  idle_M = np.where(np.arange(M) < 2, 10_000, 0).astype(np.int32)
+  results = []
+  for pieces, devices in ((1, 1), (4, 1), (2, 2)):
+    options = dataclasses.replace(FULL, accumulate=pieces)
+    state, step = begin(options, devices=devices, idle_M=idle_M)
+    for seed in range(3):
+      state, metrics = step(state, small.rows(N, seed))
+    results.append(jax.device_get((state.params, metrics, state.idle_M)))
+  for other in results[1:]:
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+      results[0],
+      other,
+    )
+
+
+@pytest.mark.parametrize('bad', [np.nan, np.inf])
+def test_a_batch_that_is_not_finite_changes_nothing(bad):
+  state, step = begin()
+  state, _ = step(state, small.rows(N, 0))
+  before = jax.device_get(state)
+  x_ND = small.rows(N, 1)
+  x_ND[3, 2] = bad
+  state, metrics = step(state, x_ND)
+  assert metrics['skipped'] == 1
+  after = jax.device_get(state)
+  assert after.step == before.step + 1
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    (after.params, after.opt_state, after.idle_M),
+    (before.params, before.opt_state, before.idle_M),
+  )
+  state, metrics = step(state, small.rows(N, 2))
+  assert metrics['skipped'] == 1
+  assert np.isfinite(metrics['fvu'])
+
+
 def test_training_lowers_the_fvu_and_keeps_decoder_rows_at_unit_norm():
   state, step = begin()
   fvu = []

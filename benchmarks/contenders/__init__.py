@@ -1,0 +1,1 @@
+"""One file a contender: start(job, variant) -> Contender. See `worker`."""
