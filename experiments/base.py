@@ -57,7 +57,8 @@ def get_config() -> ConfigDict:
         'kinds': ('all',),  # token kinds trained on; BOS is never in `all`
         'normalise': True,  # train on rows of unit spread; exports are raw
         'backend': 'auto',  # kernels: auto, native, cpu, reference
-        'devices': 1,  # that share the rows of a step; 0: all
+        'devices': 1,  # that share the work of a step; 0: all
+        'latent_shards': 1,  # of them, how many share the latents of an SAE
         'save_every': 250,  # steps between checkpoints
         'keep': 2,  # checkpoints kept
         'block_rows': 256,  # rows a read; blocks of many samples are mixed

@@ -30,6 +30,7 @@ class Contender:
       normalise=False,
       backend=variant,
       devices=1,
+      latent_shards=1,
       save_every=1,
       keep=1,
       block_rows=1,

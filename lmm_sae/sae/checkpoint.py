@@ -123,18 +123,18 @@ class Checkpoints:
     self,
     config: SaeConfig,
     step: int,
-    sharding: jax.sharding.Sharding | None = None,
+    shardings: TrainState | None = None,
   ) -> TrainState:
-    """The state of that step, laid out as `sharding` says."""
-    if sharding is None:
-      sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    """The state of that step, on one device or as a tree of shardings says."""
+    shapes = trainer.shapes(config)
+    if shardings is None:
+      one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+      shardings = jax.tree.map(lambda _: one, shapes)
 
-    def leaf(x):
+    def leaf(x, sharding):
       return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
-    return self._checkpointer.load(
-      step, jax.tree.map(leaf, trainer.shapes(config))
-    )
+    return self._checkpointer.load(step, jax.tree.map(leaf, shapes, shardings))
 
 
 def steps(path: str | os.PathLike) -> list[int]:

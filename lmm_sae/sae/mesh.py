@@ -1,9 +1,10 @@
 """Devices and what lies on them: the one place that speaks of sharding.
 
 Two axes: `data`, over which the rows of a batch are split, and `latent`, over
-which latents may be. Today parameters are whole on every device and `latent`
-has size 1.
+which latents are: the parameters, the optimiser's moments and the counters.
 """
+
+from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -12,14 +13,15 @@ DATA = 'data'
 LATENT = 'latent'
 
 ROWS = PartitionSpec(DATA)  # a batch [N, ...]
-WHOLE = PartitionSpec()  # parameters, counters, metrics
+LATENTS = PartitionSpec(LATENT)  # what has latents first [M, ...]
+WHOLE = PartitionSpec()  # b_dec, step, metrics
 
 
-def make(devices: int = 1) -> Mesh:
+def make(devices: int = 1, latent: int = 1) -> Mesh:
   """A (data, latent) mesh over the first `devices` devices; 0: all of them.
 
   Raises:
-    ValueError: there are fewer.
+    ValueError: there are fewer, or `latent` does not divide them.
   """
   found = jax.devices()
   if not 0 <= devices <= len(found):
@@ -28,14 +30,23 @@ def make(devices: int = 1) -> Mesh:
       f'{found[0].platform} device(s) are here: set it to 0..{len(found)}'
     )
   devices = devices or len(found)
+  if latent < 1 or devices % latent:
+    raise ValueError(
+      f'train.latent_shards is {latent}, which does not divide the {devices} '
+      'device(s) of train.devices'
+    )
   return jax.make_mesh(
-    (devices, 1),
+    (devices // latent, latent),
     (DATA, LATENT),
     axis_types=(AxisType.Auto, AxisType.Auto),
     devices=found[:devices],
   )
 
 
-def sharding(mesh: Mesh, spec: PartitionSpec) -> NamedSharding:
-  """How arrays of that spec lie on the mesh."""
-  return NamedSharding(mesh, spec)
+def sharding(mesh: Mesh, specs: Any) -> Any:
+  """How arrays of that spec, or of a tree of specs, lie on the mesh."""
+  return jax.tree.map(
+    lambda spec: NamedSharding(mesh, spec),
+    specs,
+    is_leaf=lambda x: isinstance(x, PartitionSpec),
+  )

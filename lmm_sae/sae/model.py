@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lmm_sae.kernels import ops
+from lmm_sae.kernels import ops, sharded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,22 +105,50 @@ def init(config: SaeConfig, b_dec_D: jax.Array, key: jax.Array) -> Params:
 
 
 def encode(
-  params: Params, x_ND: jax.Array, /, *, k: int, backend: str = 'auto'
+  params: Params,
+  x_ND: jax.Array,
+  /,
+  *,
+  k: int,
+  backend: str = 'auto',
+  axis: str = '',
 ) -> SparseCode:
-  """The k latents that fire most on each row."""
+  """The k latents that fire most on each row.
+
+  With `axis`, over which latents are split, each device holds those of the k
+  that are its own, by its own indices; its other values are 0.
+  """
   # W (x - b_dec) + b_enc = W x + (b_enc - W b_dec): the gradient of b_dec then
   # comes from that of the bias, without a pass over the rows.
-  b_M = params.b_enc_M - params.w_enc_MD @ params.b_dec_D
-  return SparseCode(
-    *ops.encode(x_ND, params.w_enc_MD, b_M, k=k, backend=backend)
-  )
+  b_dec_D = sharded.spread(params.b_dec_D, axis) if axis else params.b_dec_D
+  b_M = params.b_enc_M - params.w_enc_MD @ b_dec_D
+  return _top(params, x_ND, b_M, k, backend, axis)
+
+
+def _top(params, x_ND, b_M, k, backend, axis) -> SparseCode:
+  own = min(k, len(b_M))
+  code = ops.encode(x_ND, params.w_enc_MD, b_M, k=own, backend=backend)
+  return _select(SparseCode(*code), k, axis)
+
+
+def _select(code: SparseCode, k: int, axis: str) -> SparseCode:
+  """The k best of a code, which is sorted; over the axis where there is one."""
+  code = SparseCode(code.vals_NK[:, :k], code.idx_NK[:, :k])
+  if not axis:
+    return code
+  return code._replace(vals_NK=sharded.select(code.vals_NK, k=k, axis=axis))
 
 
 def decode(
-  params: Params, code: SparseCode, /, *, backend: str = 'auto'
+  params: Params, code: SparseCode, /, *, backend: str = 'auto', axis: str = ''
 ) -> jax.Array:
   """The rows x̂ that a code stands for."""
-  return ops.spmm(*code, params.w_dec_MD, backend=backend) + params.b_dec_D
+  return _product(params, code, backend, axis) + params.b_dec_D
+
+
+def _product(params, code, backend, axis) -> jax.Array:
+  y_ND = ops.spmm(*code, params.w_dec_MD, backend=backend)
+  return sharded.reduce(y_ND, axis) if axis else y_ND
 
 
 def losses(
@@ -134,6 +162,7 @@ def losses(
   auxk: float = 0.0,
   multi_topk: float = 0.0,
   backend: str = 'auto',
+  axis: str = '',
 ) -> tuple[Losses, SparseCode]:
   """The losses of a batch and its code.
 
@@ -151,24 +180,27 @@ def losses(
     auxk: weight of AuxK; 0 leaves it out.
     multi_topk: weight of the fvu at 4 k; 0 leaves it out.
     backend: of the kernels.
+    axis: of the devices over which latents are split, '' where they are not.
+      Every device of it has the whole losses, and its own latents' code.
   """
   k, wide = config.k, min(4 * config.k, config.latents)
-  full = encode(params, x_ND, k=wide if multi_topk else k, backend=backend)
-  code = SparseCode(full.vals_NK[:, :k], full.idx_NK[:, :k])
-  error_ND = x_ND - decode(params, code, backend=backend)
+  where = {'backend': backend, 'axis': axis}
+  full = encode(params, x_ND, k=wide if multi_topk else k, **where)
+  code = _select(full, k, axis) if multi_topk else full
+  error_ND = x_ND - decode(params, code, **where)
   fvu = jnp.sum(error_ND**2) / variance
   aux = multi = jnp.zeros(())
   if auxk:
-    aux = _auxk(params, x_ND, error_ND, dead_M, config.k_aux, backend)
+    aux = _auxk(params, x_ND, error_ND, dead_M, config.k_aux, **where)
     aux = aux / variance
   if multi_topk:
-    wide_ND = decode(params, full, backend=backend)
+    wide_ND = decode(params, full, **where)
     multi = jnp.sum((x_ND - wide_ND) ** 2) / variance
   total = fvu + auxk * aux + multi_topk * multi
   return Losses(fvu, aux, multi, total), code
 
 
-def _auxk(params, x_ND, error_ND, dead_M, k_aux, backend) -> jax.Array:
+def _auxk(params, x_ND, error_ND, dead_M, k_aux, backend, axis) -> jax.Array:
   """Σ‖e - ê‖²: the k_aux dead latents strongest on a row predict its error e.
 
   e = x - x̂ is a constant here, and so is b_dec: x̂ holds it already, so ê has
@@ -183,19 +215,25 @@ def _auxk(params, x_ND, error_ND, dead_M, k_aux, backend) -> jax.Array:
     return jnp.zeros(())
 
   def few_dead():
-    (at_A,) = jnp.nonzero(dead_M, size=k_aux, fill_value=0)
-    used_A = jnp.arange(k_aux) < jnp.sum(dead_M)
+    size = min(k_aux, len(dead_M))
+    (at_A,) = jnp.nonzero(dead_M, size=size, fill_value=0)
+    used_A = jnp.arange(size) < jnp.sum(dead_M)
     pre_NA = x_ND @ params.w_enc_MD[at_A].T + b_M[at_A]
     z_NA = jnp.where(used_A, jnp.maximum(pre_NA, 0), 0)
-    return jnp.sum((e_ND - z_NA @ params.w_dec_MD[at_A]) ** 2)
+    e_hat_ND = z_NA @ params.w_dec_MD[at_A]
+    if axis:
+      e_hat_ND = sharded.reduce(e_hat_ND, axis)
+    return jnp.sum((e_ND - e_hat_ND) ** 2)
 
   def many_dead():
     masked_M = jnp.where(dead_M, b_M, -jnp.inf)  # the living cannot win
-    code = ops.encode(x_ND, params.w_enc_MD, masked_M, k=k_aux, backend=backend)
-    e_hat_ND = ops.spmm(*code, params.w_dec_MD, backend=backend)
+    code = _top(params, x_ND, masked_M, k_aux, backend, axis)
+    e_hat_ND = _product(params, code, backend, axis)
     return jnp.sum((e_ND - e_hat_ND) ** 2)
 
   count = jnp.sum(dead_M)
+  if axis:
+    count = lax.psum(count, axis)
   case = jnp.int32(count > 0) + jnp.int32(count > k_aux)
   return lax.switch(case, (all_alive, few_dead, many_dead))
 

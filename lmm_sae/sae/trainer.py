@@ -46,6 +46,7 @@ class TrainConfig:
   normalise: bool
   backend: str
   devices: int
+  latent_shards: int
   save_every: int
   keep: int
   block_rows: int
@@ -62,6 +63,7 @@ class TrainConfig:
       ('auxk', 0),
       ('multi_topk', 0),
       ('devices', 0),
+      ('latent_shards', 1),
       ('save_every', 1),
       ('keep', 1),
       ('block_rows', 1),
@@ -151,6 +153,24 @@ def shapes(config: SaeConfig) -> TrainState:
   return jax.eval_shape(begin, row)
 
 
+def specs() -> TrainState:
+  """Over which axes of the mesh each array of the state is split."""
+  params = Params(
+    w_enc_MD=mesh_lib.LATENTS,
+    b_enc_M=mesh_lib.LATENTS,
+    w_dec_MD=mesh_lib.LATENTS,
+    b_dec_D=mesh_lib.WHOLE,
+  )
+  return TrainState(
+    step=mesh_lib.WHOLE,
+    params=params,
+    opt_state=optax.ScaleByAdamState(mesh_lib.WHOLE, mu=params, nu=params),
+    idle_M=mesh_lib.LATENTS,
+    scale=mesh_lib.WHOLE,
+    skipped=mesh_lib.WHOLE,
+  )
+
+
 def export_params(state: TrainState) -> Params:
   """The parameters for rows as the store holds them, in numpy."""
   params = model.rescale(model.normalise(state.params), 1 / state.scale)
@@ -191,11 +211,20 @@ def make_step(
       f'evenly in {options.accumulate} piece(s): make it a multiple of '
       f'{shares * options.accumulate}'
     )
+  parts = mesh.shape[mesh_lib.LATENT]
+  if config.latents % parts:
+    raise ValueError(
+      f'sae.latents is {config.latents}, which {parts} devices cannot share '
+      f'evenly (train.latent_shards): make it a multiple of {parts}'
+    )
   return _jitted(dataclasses.replace(config, layer=0), options, mesh)
 
 
 @functools.lru_cache(maxsize=4)  # SAEs of several layers share one compilation
 def _jitted(config: SaeConfig, options: TrainConfig, mesh: jax.sharding.Mesh):
+  parts = mesh.shape[mesh_lib.LATENT]
+  axis = mesh_lib.LATENT if parts > 1 else ''
+
   def step(state: TrainState, x_ND: jax.Array):
     x_ND = x_ND.astype(jnp.float32) * state.scale
     dead_M = state.idle_M > config.dead_after
@@ -212,8 +241,9 @@ def _jitted(config: SaeConfig, options: TrainConfig, mesh: jax.sharding.Mesh):
         auxk=options.auxk,
         multi_topk=options.multi_topk,
         backend=options.backend,
+        axis=axis,
       )
-      return terms.total, (terms, count_fired(code, config.latents))
+      return terms.total, (terms, count_fired(code, config.latents // parts))
 
     def piece(x_ND):
       grads, rest = jax.grad(loss, has_aux=True)(state.params, x_ND)
@@ -234,8 +264,9 @@ def _jitted(config: SaeConfig, options: TrainConfig, mesh: jax.sharding.Mesh):
       )
     grads, terms, fired_M = whole(found)
     grads = model.project(grads, state.params)
-    squares = [jnp.sum(grad**2) for grad in jax.tree.leaves(grads)]
-    norm = jnp.sqrt(sum(squares))
+    split, one = grads.replace(b_dec_D=jnp.zeros(())), grads.b_dec_D
+    squares = sum(jnp.sum(grad**2) for grad in jax.tree.leaves(split))
+    norm = jnp.sqrt(over_latents(squares) + jnp.sum(one**2))
     shrink = jnp.minimum(1.0, options.clip / jnp.maximum(norm, 1e-30))
     grads = jax.tree.map(lambda grad: grad * shrink, grads)
     updates, opt_state = adam().update(grads, state.opt_state)
@@ -263,7 +294,7 @@ def _jitted(config: SaeConfig, options: TrainConfig, mesh: jax.sharding.Mesh):
       'fvu': terms.fvu,
       'auxk': terms.auxk,
       'multi': terms.multi,
-      'dead': jnp.mean(dead_M),
+      'dead': over_latents(jnp.sum(dead_M)) / config.latents,
       'lr': lr,
       'grad_norm': norm,
       'skipped': state.skipped,
@@ -273,11 +304,14 @@ def _jitted(config: SaeConfig, options: TrainConfig, mesh: jax.sharding.Mesh):
   def whole(share):
     return jax.lax.psum(share, mesh_lib.DATA)
 
+  def over_latents(share):
+    return jax.lax.psum(share, axis) if axis else share
+
   mapped = jax.shard_map(
     step,
     mesh=mesh,
-    in_specs=(mesh_lib.WHOLE, mesh_lib.ROWS),
-    out_specs=mesh_lib.WHOLE,
+    in_specs=(specs(), mesh_lib.ROWS),
+    out_specs=(specs(), mesh_lib.WHOLE),
     check_vma=False,  # gradients are of each share: the psums are ours
   )
   return jax.jit(mapped, donate_argnums=0)

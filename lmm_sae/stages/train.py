@@ -26,7 +26,10 @@ from lmm_sae.sae.trainer import TrainConfig, TrainState
 
 START_ROWS = 2**14  # rows that b_dec and the scale start from
 # What may change on resuming.
-FREE = ('backend', 'devices', 'save_every', 'keep', 'accumulate', 'max_skipped')
+FREE = (
+  *('backend', 'devices', 'latent_shards', 'accumulate'),
+  *('save_every', 'keep', 'max_skipped'),
+)
 
 
 def run(config: ConfigDict, workdir: Workdir) -> None:
@@ -38,7 +41,7 @@ def run(config: ConfigDict, workdir: Workdir) -> None:
     SaeConfig(layer=layer, width=store.meta.width, **config.sae)
     for layer in config.lmm.layers
   ]
-  mesh = mesh_lib.make(options.devices)
+  mesh = mesh_lib.make(options.devices, options.latent_shards)
   for sae_config in configs:
     Run(store, sae_config, options, config.seed, mesh, workdir).train()
 
@@ -114,7 +117,7 @@ class Run:
       pool_blocks=self.options.pool_blocks,
       seed=self.seed,
     )
-    whole = mesh_lib.sharding(self.mesh, mesh_lib.WHOLE)
+    shardings = mesh_lib.sharding(self.mesh, trainer.specs())
     if note is None:
       logging.info(
         'layer %d: %d rows in %d blocks, %.2f epochs',
@@ -129,10 +132,10 @@ class Run:
         self.seed,
         normalise=self.options.normalise,
       )
-      return jax.device_put(state, whole), batches
+      return jax.device_put(state, shardings), batches
     logging.info('layer %d: on from step %d', self.config.layer, note.step)
     batches.set_state(note.data)
-    return checkpoints.restore(self.config, note.step, whole), batches
+    return checkpoints.restore(self.config, note.step, shardings), batches
 
   def steps(
     self,

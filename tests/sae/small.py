@@ -41,6 +41,7 @@ TRAIN = TrainConfig(
   normalise=True,
   backend='auto',
   devices=1,
+  latent_shards=1,
   save_every=5,
   keep=2,
   block_rows=8,

@@ -17,14 +17,15 @@ FULL = dataclasses.replace(
 )
 
 
-def begin(options=FULL, config=CONFIG, devices=1, **changes):
+def begin(options=FULL, config=CONFIG, devices=1, latent=1, **changes):
   """(state, step), with fields of the state changed."""
-  mesh = mesh_lib.make(devices)
-  whole = mesh_lib.sharding(mesh, mesh_lib.WHOLE)
+  mesh = mesh_lib.make(devices, latent)
+  shardings = mesh_lib.sharding(mesh, trainer.specs())
   state = trainer.start(
     config, small.rows(200), 0, normalise=options.normalise
   ).replace(**changes)
-  return jax.device_put(state, whole), trainer.make_step(config, options, mesh)
+  step = trainer.make_step(config, options, mesh)
+  return jax.device_put(state, shardings), step
 
 
 def numpy_tree(tree):
@@ -99,21 +100,27 @@ def test_one_step_equals_a_float64_oracle(dead, clip):
   np.testing.assert_allclose(metrics['dead'], dead / M, rtol=1e-6)
 
 
-def test_eight_devices_equal_one():
-  idle_M = np.where(np.arange(M) < 2, 10_000, 0).astype(np.int32)
+@pytest.mark.parametrize('dead', [0, 2, 8])
+@pytest.mark.parametrize('mesh', [(8, 1), (2, 2), (8, 4), (6, 6)])
+def test_many_devices_equal_one(mesh, dead):
+  """Whatever they share: rows, latents or both. More than k_aux may be dead."""
+  idle_M = np.where(np.arange(M) % 8 < dead, 10_000, 0).astype(np.int32)
+  config = dataclasses.replace(CONFIG, aux=4)
   results = []
-  for devices in (1, 8):
-    state, step = begin(devices=devices, idle_M=idle_M)
+  for devices, latent in ((1, 1), mesh):
+    state, step = begin(
+      config=config, devices=devices, latent=latent, idle_M=idle_M
+    )
     for seed in range(3):
       state, metrics = step(state, small.rows(N, seed))
-    results.append((jax.device_get(state), jax.device_get(metrics)))
-  (one, one_metrics), (eight, eight_metrics) = results
+    results.append(jax.device_get((state, metrics)))
+  (one, one_metrics), (many, many_metrics) = results
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
     (one.params, one_metrics),
-    (eight.params, eight_metrics),
+    (many.params, many_metrics),
   )
-  np.testing.assert_array_equal(one.idle_M, eight.idle_M)
+  np.testing.assert_array_equal(one.idle_M, many.idle_M)
 
 
 def test_pieces_add_up_to_the_whole_batch():
