@@ -1,4 +1,4 @@
-"""The four functions for a CPU, in XLA alone.
+"""The functions of the family for a CPU, in XLA alone.
 
 encode works on 256 rows at a time, so [N, M] never exists; the others loop over
 K, so nothing of size N·K·D does. On one AVX2 core (N=2048, D=192, M=1024, K=8)
@@ -9,6 +9,10 @@ against 20 ms for a dense matmul.
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from lmm_sae.kernels.reference import adam, project
+
+__all__ = ['adam', 'encode', 'project', 'sddmm', 'spmm', 'spmm_t']
 
 F32 = jnp.float32
 ROWS = 256  # a chunk: its pre-activations stay in the cache up to M ≈ 8k

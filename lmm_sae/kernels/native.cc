@@ -537,6 +537,59 @@ ffi::Error spmm_t(ffi::ThreadPool pool, F32 v, S32 idx, F32 x, OutF32 w) {
   return ffi::Error::Success();
 }
 
+// One step of Adam on rows of parameters and moments, in place. `scalars` are
+// the factor of the gradient, the learning rate, the corrections of both moments
+// for their start at 0, and whether to change anything at all.
+ffi::Error adam(ffi::ThreadPool pool, F32 grad, F32 scalars, F32 p, F32 m, F32 v,
+                OutF32 p_out, OutF32 m_out, OutF32 v_out, float b1, float b2,
+                float eps, bool unit) {
+  int64_t rows = p.dimensions()[0], width = p.dimensions()[1];
+  const float *g = grad.typed_data(), *s = scalars.typed_data();
+  const float *ps = p.typed_data(), *ms = m.typed_data(), *vs = v.typed_data();
+  float *po = p_out->typed_data(), *mo = m_out->typed_data();
+  float* vo = v_out->typed_data();
+  float factor = s[0], rate = s[1], fix1 = s[2], fix2 = s[3];
+  bool good = s[4] != 0.f;
+  by_rows(pool, rows, [=](int64_t n) {
+    int64_t at = n * width;
+    if (!good) {
+      if (po != ps) std::memcpy(po + at, ps + at, width * sizeof(float));
+      if (mo != ms) std::memcpy(mo + at, ms + at, width * sizeof(float));
+      if (vo != vs) std::memcpy(vo + at, vs + at, width * sizeof(float));
+      return;
+    }
+    for (int64_t d = at; d < at + width; ++d) {
+      float x = g[d] * factor;
+      float first = (1.f - b1) * x + b1 * ms[d];
+      float second = (1.f - b2) * (x * x) + b2 * vs[d];
+      mo[d] = first;
+      vo[d] = second;
+      po[d] = ps[d] - rate * (first / fix1) / (std::sqrt(second / fix2) + eps);
+    }
+    if (!unit) return;
+    float norm = std::max(std::sqrt(dot(po + at, po + at, width)), 1e-12f);
+    for (int64_t d = at; d < at + width; ++d) po[d] /= norm;
+  });
+  return ffi::Error::Success();
+}
+
+// What is left of a gradient once its part along each row of w is taken out, and
+// the sum of its squares.
+ffi::Error project(ffi::ThreadPool pool, F32 grad, F32 w, OutF32 out,
+                   OutF32 squares) {
+  int64_t rows = w.dimensions()[0], width = w.dimensions()[1];
+  const float *gs = grad.typed_data(), *ws = w.typed_data();
+  float *outs = out->typed_data(), *found = squares->typed_data();
+  by_rows(pool, rows, [=](int64_t n) {
+    const float *g = gs + n * width, *own = ws + n * width;
+    float* mine = outs + n * width;
+    float along = dot(g, own, width);
+    for (int64_t d = 0; d < width; ++d) mine[d] = g[d] - along * own[d];
+    found[n] = dot(mine, mine, width);
+  });
+  return ffi::Error::Success();
+}
+
 }  // namespace
 
 extern "C" bool lmm_sae_screens() {
@@ -568,3 +621,16 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(LmmSaeSpmmT, spmm_t,
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<F32>().Arg<S32>().Arg<F32>()
                                   .Ret<F32>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(LmmSaeAdam, adam,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<F32>().Arg<F32>().Arg<F32>()
+                                  .Arg<F32>().Arg<F32>()
+                                  .Ret<F32>().Ret<F32>().Ret<F32>()
+                                  .Attr<float>("b1").Attr<float>("b2")
+                                  .Attr<float>("eps").Attr<bool>("unit"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(LmmSaeProject, project,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<F32>().Arg<F32>()
+                                  .Ret<F32>().Ret<F32>());

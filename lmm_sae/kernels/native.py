@@ -1,4 +1,4 @@
-"""The four functions for a CPU in C++ (`native.cc`), through jax.ffi.
+"""The functions of the family for a CPU in C++ (`native.cc`), through jax.ffi.
 
 encode multiplies tile by tile and keeps the k largest of each row as the tiles
 are made, so [N, M] never exists, not even in part; the selection is exact. On a
@@ -25,6 +25,9 @@ import tempfile
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from lmm_sae.kernels import reference
 
 F32 = jnp.float32
 SOURCE = pathlib.Path(__file__).with_name('native.cc')
@@ -37,6 +40,8 @@ HANDLERS = {
   'lmm_sae_spmm': 'LmmSaeSpmm',
   'lmm_sae_sddmm': 'LmmSaeSddmm',
   'lmm_sae_spmm_t': 'LmmSaeSpmmT',
+  'lmm_sae_project': 'LmmSaeProject',
+  'lmm_sae_adam': 'LmmSaeAdam',
 }
 
 
@@ -156,6 +161,39 @@ def spmm_t(
   return _call('lmm_sae_spmm_t', out, v_NK, i_NK, x_ND)
 
 
+def project(
+  grad_MD: jax.Array, w_MD: jax.Array, /
+) -> tuple[jax.Array, jax.Array]:
+  """The gradient without its part along each row of w; sums of its squares."""
+  out = (_f32(w_MD.shape), _f32(w_MD.shape[:1]))
+  return _call('lmm_sae_project', out, grad_MD, w_MD)
+
+
+def adam(
+  grad_MD: jax.Array,
+  state: tuple[jax.Array, jax.Array, jax.Array],
+  scalars: jax.Array,
+  /,
+  *,
+  unit: bool,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Parameters and moments after a step of Adam; in place where XLA allows."""
+  out = tuple(_f32(x.shape) for x in state)
+  b1, b2, eps = map(np.float32, reference.ADAM)
+  return _call(
+    'lmm_sae_adam',
+    out,
+    grad_MD,
+    scalars,
+    *state,
+    aliases={2: 0, 3: 1, 4: 2},
+    b1=b1,
+    b2=b2,
+    eps=eps,
+    unit=unit,
+  )
+
+
 def _f32(shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct(shape, F32)
 
@@ -168,9 +206,10 @@ def _require() -> None:
     )
 
 
-def _call(target: str, out, *args: jax.Array, **attributes: bool):
+def _call(target: str, out, *args: jax.Array, aliases=None, **attributes):
   _require()
   args = [
     x if x.dtype == jnp.int32 else x.astype(F32) for x in map(jnp.asarray, args)
   ]
-  return jax.ffi.ffi_call(target, out)(*args, **attributes)
+  call = jax.ffi.ffi_call(target, out, input_output_aliases=aliases)
+  return call(*args, **attributes)

@@ -13,6 +13,9 @@ here, and serve every backend:
     sddmm   dx = spmm(dv, i, w), dw = spmm_t(dv, i, x)
     spmm_t  dv = sddmm(x, i, dw), dx = spmm(v, i, dw)
 
+Beside them stand `project` and `adam`, what an optimiser step does to the rows
+of a matrix; they have no gradients.
+
 Inputs are float32 or bfloat16; products accumulate in float32 and results are
 float32. Indices are int32 in [0, M) and may repeat within a row.
 
@@ -125,6 +128,50 @@ def spmm_t(
   _agree('v_NK', v_NK, i_NK.shape)
   _agree('x_ND', x_ND, (i_NK.shape[0], x_ND.shape[1]))
   return _spmm_t(v_NK, i_NK, x_ND, latents, backend_name(backend))
+
+
+def project(
+  grad_MD: jax.Array, w_MD: jax.Array, /, *, backend: str = 'auto'
+) -> tuple[jax.Array, jax.Array]:
+  """What a gradient would change beside the norm of w's rows, which are unit.
+
+  Returns:
+    The gradient without its part along each row, and each row's sum of squares.
+  """
+  return BACKENDS[backend_name(backend)].project(grad_MD, w_MD)
+
+
+def adam(
+  grad_MD: jax.Array,
+  state: tuple[jax.Array, jax.Array, jax.Array],
+  /,
+  *,
+  count: jax.Array,
+  factor: jax.Array,
+  rate: jax.Array,
+  good: jax.Array,
+  unit: bool = False,
+  backend: str = 'auto',
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """One step of Adam (Kingma and Ba, arXiv 1412.6980), as optax makes it.
+
+  Args:
+    grad_MD: the gradient, also of one dimension.
+    state: parameters, first moment, second moment, of one shape and float32.
+    count: steps done with this one, from 1.
+    factor: what the gradient is multiplied by first.
+    rate: the learning rate.
+    good: where false, nothing is changed.
+    unit: whether rows of the parameters are brought to unit norm.
+    backend: of the kernels; the native one has no use for one dimension.
+  """
+  b1, b2, _ = reference.ADAM
+  count = count.astype(jnp.float32)
+  scalars = jnp.stack(
+    [factor, rate, 1 - b1**count, 1 - b2**count, good.astype(jnp.float32)]
+  )
+  name = backend_name(backend) if grad_MD.ndim == 2 else 'reference'
+  return BACKENDS[name].adam(grad_MD, state, scalars, unit=unit)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))

@@ -1,4 +1,4 @@
-"""The four functions in plain jnp: the specification every backend must meet.
+"""All functions in plain jnp: the specification every backend must meet.
 
 Nothing here is careful with memory: encode holds [N, M] and the others hold
 [N, K, D]. Products accumulate in float32, whatever the inputs are, and results
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 F32 = jnp.float32
+ADAM = (0.9, 0.999, 1e-8)  # b1, b2, eps
 
 
 def encode(
@@ -42,4 +43,39 @@ def spmm_t(
   w_MD = jnp.zeros((latents, x_ND.shape[1]), F32)
   return w_MD.at[i_NK].add(
     v_NK.astype(F32)[..., None] * x_ND.astype(F32)[:, None]
+  )
+
+
+def project(
+  grad_MD: jax.Array, w_MD: jax.Array, /
+) -> tuple[jax.Array, jax.Array]:
+  """The gradient without its part along each row of w; sums of its squares."""
+  along_M = jnp.sum(grad_MD * w_MD, -1)
+  grad_MD = grad_MD - along_M[:, None] * w_MD
+  return grad_MD, jnp.sum(grad_MD**2, -1)
+
+
+def adam(
+  grad_MD: jax.Array,
+  state: tuple[jax.Array, jax.Array, jax.Array],
+  scalars: jax.Array,
+  /,
+  *,
+  unit: bool,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Parameters and moments after a step of Adam (see `ops.adam`)."""
+  b1, b2, eps = ADAM
+  factor, rate, fix1, fix2, good = scalars
+  p_MD, m_MD, v_MD = state
+  grad_MD = grad_MD * factor
+  first_MD = (1 - b1) * grad_MD + b1 * m_MD
+  second_MD = (1 - b2) * grad_MD**2 + b2 * v_MD
+  step_MD = (first_MD / fix1) / (jnp.sqrt(second_MD / fix2) + eps)
+  new_MD = p_MD - rate * step_MD
+  if unit:
+    norm_M = jnp.linalg.norm(new_MD, axis=-1, keepdims=True)
+    new_MD = new_MD / jnp.maximum(norm_M, 1e-12)
+  new = (new_MD, first_MD, second_MD)
+  return jax.tree.map(
+    lambda new, old: jnp.where(good > 0, new, old), new, state
   )

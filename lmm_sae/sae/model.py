@@ -245,14 +245,6 @@ def normalise(params: Params) -> Params:
   return params.replace(w_dec_MD=unit_MD)
 
 
-def project(grads: Params, params: Params) -> Params:
-  """The gradient without what would only change the norm of W_dec's rows."""
-  along_M = jnp.sum(grads.w_dec_MD * params.w_dec_MD, -1)
-  return grads.replace(
-    w_dec_MD=grads.w_dec_MD - along_M[:, None] * params.w_dec_MD
-  )
-
-
 def rescale(params: Params, scale: jax.Array) -> Params:
   """The same SAE for rows that are `scale` times as long.
 

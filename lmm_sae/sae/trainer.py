@@ -16,7 +16,7 @@ import numpy as np
 import optax
 
 from lmm_sae.core import tokens
-from lmm_sae.kernels import ops
+from lmm_sae.kernels import ops, reference
 from lmm_sae.sae import mesh as mesh_lib
 from lmm_sae.sae import model
 from lmm_sae.sae.model import Params, SaeConfig
@@ -117,8 +117,9 @@ class TrainState:
 
 
 def adam() -> optax.GradientTransformation:
-  """Adam's direction; the learning rate is put on in the step."""
-  return optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8)
+  """Adam in optax, whose state a run carries on."""
+  b1, b2, eps = reference.ADAM
+  return optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
 
 
 def start(
@@ -263,26 +264,26 @@ def _jitted(config: SaeConfig, options: TrainConfig, mesh: jax.sharding.Mesh):
         pieces,
       )
     grads, terms, fired_M = whole(found)
-    grads = model.project(grads, state.params)
-    split, one = grads.replace(b_dec_D=jnp.zeros(())), grads.b_dec_D
-    squares = sum(jnp.sum(grad**2) for grad in jax.tree.leaves(split))
-    norm = jnp.sqrt(over_latents(squares) + jnp.sum(one**2))
-    shrink = jnp.minimum(1.0, options.clip / jnp.maximum(norm, 1e-30))
-    grads = jax.tree.map(lambda grad: grad * shrink, grads)
-    updates, opt_state = adam().update(grads, state.opt_state)
-    lr = learning_rate(state.step, options=options, latents=config.latents)
-    params = jax.tree.map(lambda p, u: p - lr * u, state.params, updates)
-    idle_M = jnp.where(fired_M > 0, 0, state.idle_M + options.rows)
+    w_dec_MD, squares_M = ops.project(
+      grads.w_dec_MD, state.params.w_dec_MD, backend=options.backend
+    )
+    grads = grads.replace(w_dec_MD=w_dec_MD)
+    squares = sum(jnp.sum(g**2) for g in (grads.w_enc_MD, grads.b_enc_M))
+    squares = over_latents(squares + jnp.sum(squares_M))
+    norm = jnp.sqrt(squares + jnp.sum(grads.b_dec_D**2))
     good = jnp.isfinite(terms.total) & jnp.isfinite(norm)
-    new = (
-      model.normalise(params),
-      opt_state,
-      jnp.minimum(idle_M, NEVER),
+    lr = learning_rate(state.step, options=options, latents=config.latents)
+    params, opt_state = _adam(
+      grads,
+      state.params,
+      state.opt_state,
+      factor=jnp.minimum(1.0, options.clip / jnp.maximum(norm, 1e-30)),
+      rate=lr,
+      good=good,
+      backend=options.backend,
     )
-    old = state.params, state.opt_state, state.idle_M
-    params, opt_state, idle_M = jax.tree.map(
-      lambda new, old: jnp.where(good, new, old), new, old
-    )
+    idle_M = jnp.where(fired_M > 0, 0, state.idle_M + options.rows)
+    idle_M = jnp.where(good, jnp.minimum(idle_M, NEVER), state.idle_M)
     state = state.replace(
       step=state.step + 1,
       params=params,
@@ -315,6 +316,29 @@ def _jitted(config: SaeConfig, options: TrainConfig, mesh: jax.sharding.Mesh):
     check_vma=False,  # gradients are of each share: the psums are ours
   )
   return jax.jit(mapped, donate_argnums=0)
+
+
+def _adam(grads, params, opt_state, *, good, **rest):
+  """One step of Adam on every parameter; rows of W_dec stay of unit norm."""
+  count = opt_state.count + 1
+  found = {
+    field.name: ops.adam(
+      getattr(grads, field.name),
+      tuple(
+        getattr(x, field.name) for x in (params, opt_state.mu, opt_state.nu)
+      ),
+      count=count,
+      good=good,
+      unit=field.name == 'w_dec_MD',
+      **rest,
+    )
+    for field in dataclasses.fields(Params)
+  }
+  params, mu, nu = (
+    Params(**{name: new[i] for name, new in found.items()}) for i in range(3)
+  )
+  count = jnp.where(good, count, opt_state.count)
+  return params, optax.ScaleByAdamState(count, mu, nu)
 
 
 def count_fired(code: model.SparseCode, latents: int) -> jax.Array:

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from lmm_sae.kernels import cpu, native, ops, reference
@@ -232,3 +233,64 @@ def test_a_width_that_does_not_agree_is_refused():
   x_ND, w_MD, b_M, *_ = inputs(3)
   with pytest.raises(ValueError, match='x_ND has shape'):
     ops.encode(x_ND[:, :4], w_MD, b_M, k=3)
+
+
+@backends
+def test_projection_leaves_nothing_along_the_rows(backend):
+  rng = np.random.default_rng(0)
+  g_MD, w_MD = rng.normal(size=(2, 150, 37)).astype('f')
+  w_MD /= np.linalg.norm(w_MD, axis=1, keepdims=True)
+  got_MD, squares_M = jax.jit(lambda g, w: ops.project(g, w, backend=backend))(
+    g_MD, w_MD
+  )
+  np.testing.assert_allclose((got_MD * w_MD).sum(1), 0, atol=1e-5)
+  want_MD = g_MD - (g_MD * w_MD).sum(1, keepdims=True) * w_MD
+  np.testing.assert_allclose(got_MD, want_MD, atol=1e-5)
+  np.testing.assert_allclose(squares_M, (want_MD**2).sum(1), rtol=1e-5)
+
+
+@backends
+@pytest.mark.parametrize('shape', [(150, 37), (11,)])
+def test_adam_is_that_of_optax(backend, shape):
+  rng = np.random.default_rng(0)
+  p, *grads = rng.normal(size=(4, *shape)).astype('f')
+  optimiser = optax.adam(0.01)
+  want, held = p, optimiser.init(p)
+  state = (p, np.zeros(shape, 'f'), np.zeros(shape, 'f'))
+  step = jax.jit(
+    lambda grad, state, count, good: ops.adam(
+      grad,
+      state,
+      count=count,
+      factor=jnp.float32(0.5),
+      rate=jnp.float32(0.01),
+      good=good,
+      backend=backend,
+    )
+  )
+  for count, grad in enumerate(grads, 1):
+    updates, held = optimiser.update(grad * 0.5, held)
+    want = optax.apply_updates(want, updates)
+    state = step(grad, state, jnp.int32(count), jnp.bool(True))
+    kept = step(grad * np.nan, state, jnp.int32(count), jnp.bool(False))
+    jax.tree.map(np.testing.assert_array_equal, kept, state)
+  np.testing.assert_allclose(state[0], want, rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(state[1], held[0].mu, rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(state[2], held[0].nu, rtol=1e-5, atol=1e-6)
+
+
+@backends
+def test_adam_brings_rows_to_unit_norm(backend):
+  rng = np.random.default_rng(0)
+  state = tuple(rng.random(size=(3, 70, 21)).astype('f'))
+  new_MD, *_ = ops.adam(
+    state[1],
+    state,
+    count=jnp.int32(3),
+    factor=jnp.float32(1),
+    rate=jnp.float32(0.1),
+    good=jnp.bool(True),
+    unit=True,
+    backend=backend,
+  )
+  np.testing.assert_allclose(np.linalg.norm(new_MD, axis=1), 1, rtol=1e-5)

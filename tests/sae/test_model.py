@@ -153,15 +153,6 @@ def test_decoder_rows_are_brought_to_unit_norm():
   )
 
 
-def test_the_projected_gradient_is_orthogonal_to_the_decoder_rows():
-  params, grads = random_params(0), random_params(1)
-  projected = model.project(grads, params)
-  along_M = np.sum(np.asarray(projected.w_dec_MD) * params.w_dec_MD, -1)
-  np.testing.assert_allclose(along_M, 0, atol=1e-6)
-  assert np.abs(projected.w_dec_MD - grads.w_dec_MD).max() > 0.1
-  np.testing.assert_array_equal(projected.w_enc_MD, grads.w_enc_MD)
-
-
 def test_a_rescaled_sae_does_the_same_to_longer_rows(x_ND):
   params = random_params()
   longer = model.rescale(params, 7.0)
