@@ -13,7 +13,6 @@
 #include <functional>
 #include <memory>
 #include <mutex>
-#include <type_traits>
 #include <vector>
 
 #ifdef __AVX2__
@@ -195,14 +194,17 @@ inline int32_t index_of(uint64_t key) { return int32_t(~uint32_t(key)); }
 void write(std::vector<uint64_t>& keys, int64_t k, float* values,
            int32_t* indices) {
   int64_t count = std::min<int64_t>(k, keys.size());
-  std::partial_sort(keys.begin(), keys.begin() + count, keys.end(),
-                    std::greater<uint64_t>());
-  std::vector<int32_t> taken(count);
+  if (int64_t(keys.size()) > k) {
+    std::nth_element(keys.begin(), keys.begin() + k - 1, keys.end(),
+                     std::greater<uint64_t>());
+  }
+  std::sort(keys.begin(), keys.begin() + count, std::greater<uint64_t>());
   for (int64_t i = 0; i < count; ++i) {
     values[i] = value_of(keys[i]);
-    indices[i] = taken[i] = index_of(keys[i]);
+    indices[i] = index_of(keys[i]);
   }
   if (count == k) return;
+  std::vector<int32_t> taken(indices, indices + count);
   std::sort(taken.begin(), taken.end());
   auto skip = taken.begin();
   for (int32_t i = 0; count < k; ++i) {
@@ -232,13 +234,11 @@ inline void each_above(const float* at, int64_t count, const float& least,
 // What a row keeps while its pre-activations are made, true to float32.
 class Best {
  public:
-  using Product = Full;
-
-  Best(int64_t k, const float*, int64_t) : k_(k) {}
+  explicit Best(int64_t k) : k_(k) { keys_.reserve(2 * k + kPanel); }
 
   // Latents come in ascending order, so one that only equals the k-th best
   // loses to those that are kept.
-  void offer(const float* values, int64_t count, int64_t first, float, float) {
+  void offer(const float* values, int64_t count, int64_t first) {
     each_above(values, count, least_, [&](int64_t i, float value) {
       keys_.push_back(key(value, first + i));
     });
@@ -249,8 +249,7 @@ class Best {
     least_ = value_of(keys_.back());
   }
 
-  void finish(const float*, const float*, const float*, int64_t,
-              float* values, int32_t* indices) {
+  void finish(float* values, int32_t* indices) {
     write(keys_, k_, values, indices);
   }
 
@@ -259,6 +258,13 @@ class Best {
   float least_ = 0.f;
   std::vector<uint64_t> keys_;
 };
+
+// y += v * w, of width D.
+inline void axpy(float v, const float* w, int64_t width, float* y) {
+  int64_t d = 0;
+  for (; d + kLanes <= width; d += kLanes) store(y + d, load(y + d) + v * load(w + d));
+  for (; d < width; ++d) y[d] += v * w[d];
+}
 
 inline float dot(const float* x, const float* w, int64_t width) {
   Vec acc[4] = {};
@@ -275,29 +281,65 @@ inline float dot(const float* x, const float* w, int64_t width) {
 }
 
 #ifdef __AVX512BF16__
+// How far rows of bfloat16 are from what they stand for.
+struct Rounded {
+  float norm = 0.f;   // of what stands for the row
+  float slip = 0.f;   // norm of what rounding took away
+};
+
+// Rows of x - centre as bfloat16, two side by side in a word, an odd one at the
+// end beside a zero. centre may be null.
+void round_rows(const float* x, const float* centre, int64_t rows,
+                int64_t width, float* out, Rounded* found) {
+  int64_t wide = (width + 1) / 2;
+  for (int64_t r = 0; r < rows; ++r) {
+    __m512 norms = _mm512_setzero_ps(), slips = _mm512_setzero_ps();
+    for (int64_t d = 0; d < width; d += kLanes) {
+      int64_t some = std::min<int64_t>(kLanes, width - d);
+      __mmask16 in = _cvtu32_mask16((1u << some) - 1);
+      __mmask8 pairs = _cvtu32_mask8((1u << ((some + 1) / 2)) - 1);
+      __m512 v = _mm512_maskz_loadu_ps(in, x + r * width + d);
+      if (centre) v = _mm512_sub_ps(v, _mm512_maskz_loadu_ps(in, centre + d));
+      __m256i half = (__m256i)_mm512_cvtneps_pbh(v);
+      _mm256_mask_storeu_epi32(out + r * wide + d / 2, pairs, half);
+      __m512 back = _mm512_castsi512_ps(
+          _mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+      norms = _mm512_fmadd_ps(back, back, norms);
+      __m512 slip = _mm512_sub_ps(v, back);
+      slips = _mm512_fmadd_ps(slip, slip, slips);
+    }
+    found[r].norm = std::sqrt(_mm512_reduce_add_ps(norms));
+    found[r].slip = std::sqrt(_mm512_reduce_add_ps(slips));
+  }
+}
+
 // What a row keeps while its pre-activations are made from bfloat16 factors.
 //
-// Rounding a factor to bfloat16 changes it by a share of 2^-8 at most. A float32
-// sum of D products and b is off by at most D 2^-24 (|b| and the sum of their
-// sizes, which is at most |x| |w|, by Cauchy-Schwarz), and so is the sum that it
-// stands for. So the latter lies within
-//   |x| |w| (2^-7 + 2^-16) + (|x| |w| + |b|) D 2^-23
-// of the screened one, and what is not within that of the k-th largest lower
-// bound cannot be among the k best. All else is computed again in float32.
+// Let c be any centre, x' and w' the bfloat16 that stand for x - c and w, and
+// b' = b + <c, w>. By Cauchy-Schwarz, <x, w> + b differs from <x', w'> + b' by
+//   |x - c - x'| |w| + |x'| |w - w'|
+// at most. Sums of D terms in float32 are off by D 2^-24 of the sum of their
+// sizes: <x', w'> + b', b' itself and <x, w> + b together by no more than
+//   D 2^-23 ((|x - c| + |c|) |w| + |b|).
+// What is not within both of the k-th largest lower bound cannot be among the k
+// best; all else is computed again in float32.
 class Screened {
  public:
-  using Product = Half;
-
-  Screened(int64_t k, const float* x, int64_t width)
+  Screened(int64_t k, const Rounded& x, float centre, int64_t width)
       : k_(k),
-        sum_(1.01f * float(width + 2) * 0x1p-23f),
-        slack_((1.01f * (0x1p-7f + 0x1p-16f) + sum_) *
-               std::sqrt(dot(x, x, width))) {}
+        x_(x),
+        sum_(1.05f * float(width + 4) * 0x1p-23f),
+        size_(x.norm + x.slip + centre) {
+    kept_.reserve(2 * k + kPanel);
+  }
 
-  // norm and bias: at least |w| and |b| of each of these latents.
-  void offer(const float* values, int64_t count, int64_t first, float norm,
-             float bias) {
-    float off = slack_ * norm + sum_ * bias, least = least_ - off;
+  // w and bias: the largest of these latents.
+  void offer(const float* values, int64_t count, int64_t first,
+             const Rounded& w, float bias) {
+    float norm = w.norm + w.slip;
+    float off = 1.02f * (x_.slip * norm + x_.norm * w.slip) +
+                sum_ * (size_ * norm + bias);
+    float least = least_ - off;
     each_above(values, count, least, [&](int64_t i, float value) {
       if (value + off <= 0.f) return;
       kept_.push_back({key(std::max(value - off, 0.f), first + i), value + off});
@@ -314,8 +356,9 @@ class Screened {
   void finish(const float* x, const float* w, const float* b, int64_t width,
               float* values, int32_t* indices) {
     full_ = 0;
-    if (int64_t(kept_.size()) > k_) offer(nullptr, 0, 0, 0.f, 0.f);
+    if (int64_t(kept_.size()) > k_) offer(nullptr, 0, 0, {}, 0.f);
     std::vector<uint64_t> keys;
+    keys.reserve(kept_.size());
     for (const Kept& one : kept_) {
       int64_t m = index_of(one.low);
       float value = dot(x, w + m * width, width) + b[m];
@@ -330,7 +373,8 @@ class Screened {
     float high;    // what it is at most
   };
   int64_t k_, full_ = 2 * k_;
-  float sum_, slack_, least_ = 0.f;
+  Rounded x_;
+  float sum_, size_, least_ = 0.f;
   std::vector<Kept> kept_;
 };
 #endif
@@ -340,75 +384,101 @@ using S32 = ffi::Buffer<ffi::S32>;
 using OutF32 = ffi::ResultBuffer<ffi::F32>;
 using OutS32 = ffi::ResultBuffer<ffi::S32>;
 
-// Rows of D floats as rows of words for `Product`, into `room` if need be.
+// tile[block, some] += packed rows times packed latents, of `wide` words each.
 template <class Product>
-const float* words(const float* x, int64_t rows, int64_t width, float* room) {
-#ifdef __AVX512BF16__
-  if constexpr (std::is_same_v<Product, Half>) {
-    int64_t wide = (width + 1) / 2;
-    for (int64_t r = 0; r < rows; ++r) {
-      for (int64_t d = 0; d < width; d += kLanes) {
-        __mmask16 mask = _cvtu32_mask16(
-            width - d < kLanes ? (1u << (width - d)) - 1 : 0xffffu);
-        __m512 in = _mm512_maskz_loadu_ps(mask, x + r * width + d);
-        __m256i out = (__m256i)_mm512_cvtneps_pbh(in);
-        _mm256_mask_storeu_epi32(room + r * wide + d / 2,
-                                 _cvtu32_mask8(width - d < kLanes
-                                     ? (1u << ((width - d + 1) / 2)) - 1
-                                     : 0xffu), out);
+void multiply(const float* rows, const float* columns, int64_t block,
+              int64_t some, int64_t wide, float* tile) {
+  for (int64_t from = 0; from < wide; from += kDepth) {
+    int64_t depth = std::min(kDepth, wide - from);
+    for (int64_t j = 0; j < some; j += kWide) {
+      for (int64_t i = 0; i < block; i += kRows) {
+        micro<Product>(rows + i * depth, columns + j * depth, depth,
+                       &tile[i * kPanel + j]);
       }
     }
-    return room;
+    rows += up(block, kRows) * depth;
+    columns += up(some, kWide) * depth;
   }
-#endif
-  return x;
 }
 
-template <class Kept>
-void encode_rows(const float* x, const float* w, const float* b, int64_t count,
+// The k best latents of `count` rows, all in float32.
+void encode_full(const float* x, const float* w, const float* b, int64_t count,
                  int64_t latents, int64_t width, int64_t k, float* values,
                  int32_t* indices) {
-  using Product = typename Kept::Product;
-  int64_t wide = std::is_same_v<Product, Full> ? width : (width + 1) / 2;
-  std::vector<float> own(up(count, kRows) * wide), room(kPanel * wide);
-  std::vector<float> panel(kPanel * wide), tile(kBlock * kPanel);
-  std::vector<Kept> kept;
-  for (int64_t r = 0; r < count; ++r) kept.emplace_back(k, x + r * width, width);
+  std::vector<float> own(up(count, kRows) * width);
+  std::vector<float> panel(kPanel * width), tile(kBlock * kPanel);
+  std::vector<Best> kept;
+  for (int64_t r = 0; r < count; ++r) kept.emplace_back(k);
   for (int64_t r = 0; r < count; r += kBlock) {
-    int64_t block = std::min(kBlock, count - r);
-    pack_rows(words<Product>(x + r * width, block, width, room.data()), block,
-              wide, &own[r * wide]);
+    pack_rows(x + r * width, std::min(kBlock, count - r), width,
+              &own[r * width]);
   }
   for (int64_t m = 0; m < latents; m += kPanel) {
     int64_t some = std::min(kPanel, latents - m);
-    const float* mine = w + m * width;
-    pack_latents(words<Product>(mine, some, width, room.data()), some, wide,
-                 panel.data());
-    float norm = 0.f, bias = 0.f;
-    for (int64_t j = 0; j < some && !std::is_same_v<Product, Full>; ++j) {
-      norm = std::max(norm, dot(mine + j * width, mine + j * width, width));
-      if (std::isfinite(b[m + j])) bias = std::max(bias, std::abs(b[m + j]));
-    }
-    norm = std::sqrt(norm);
+    pack_latents(w + m * width, some, width, panel.data());
     for (int64_t r = 0; r < count; r += kBlock) {
       int64_t block = std::min(kBlock, count - r);
       for (int64_t i = 0; i < up(block, kRows); ++i) {
         std::memcpy(&tile[i * kPanel], b + m, some * sizeof(float));
       }
-      const float *rows = &own[r * wide], *columns = panel.data();
-      for (int64_t from = 0; from < wide; from += kDepth) {
-        int64_t depth = std::min(kDepth, wide - from);
-        for (int64_t j = 0; j < some; j += kWide) {
-          for (int64_t i = 0; i < block; i += kRows) {
-            micro<Product>(rows + i * depth, columns + j * depth, depth,
-                           &tile[i * kPanel + j]);
-          }
-        }
-        rows += up(block, kRows) * depth;
-        columns += up(some, kWide) * depth;
-      }
+      multiply<Full>(&own[r * width], panel.data(), block, some, width,
+                     tile.data());
       for (int64_t i = 0; i < block; ++i) {
-        kept[r + i].offer(&tile[i * kPanel], some, m, norm, bias);
+        kept[r + i].offer(&tile[i * kPanel], some, m);
+      }
+    }
+  }
+  for (int64_t r = 0; r < count; ++r) {
+    kept[r].finish(values + r * k, indices + r * k);
+  }
+}
+
+#ifdef __AVX512BF16__
+// The same, what cannot win sorted out in bfloat16.
+void encode_screened(const float* x, const float* w, const float* b,
+                     int64_t count, int64_t latents, int64_t width, int64_t k,
+                     float* values, int32_t* indices) {
+  int64_t wide = (width + 1) / 2;
+  std::vector<float> own(up(count, kRows) * wide), room(kPanel * wide);
+  std::vector<float> panel(kPanel * wide), tile(kBlock * kPanel);
+  std::vector<float> centre(width), bias(kPanel);
+  std::vector<Rounded> of(kPanel);
+  std::vector<Screened> kept;
+  // Residual streams share a large mean: rows about it round to less error.
+  for (int64_t r = 0; r < count; ++r) {
+    axpy(1.f / float(count), x + r * width, width, centre.data());
+  }
+  float far = std::sqrt(dot(centre.data(), centre.data(), width));
+  for (int64_t r = 0; r < count; r += kBlock) {
+    int64_t block = std::min(kBlock, count - r);
+    round_rows(x + r * width, centre.data(), block, width, room.data(),
+               of.data());
+    for (int64_t i = 0; i < block; ++i) kept.emplace_back(k, of[i], far, width);
+    pack_rows(room.data(), block, wide, &own[r * wide]);
+  }
+  for (int64_t m = 0; m < latents; m += kPanel) {
+    int64_t some = std::min(kPanel, latents - m);
+    round_rows(w + m * width, nullptr, some, width, room.data(), of.data());
+    pack_latents(room.data(), some, wide, panel.data());
+    Rounded most;
+    float most_bias = 0.f;
+    for (int64_t j = 0; j < some; ++j) {
+      bias[j] = b[m + j] + dot(centre.data(), w + (m + j) * width, width);
+      most.norm = std::max(most.norm, of[j].norm);
+      most.slip = std::max(most.slip, of[j].slip);
+      if (std::isfinite(b[m + j])) {
+        most_bias = std::max(most_bias, std::abs(b[m + j]));
+      }
+    }
+    for (int64_t r = 0; r < count; r += kBlock) {
+      int64_t block = std::min(kBlock, count - r);
+      for (int64_t i = 0; i < up(block, kRows); ++i) {
+        std::memcpy(&tile[i * kPanel], bias.data(), some * sizeof(float));
+      }
+      multiply<Half>(&own[r * wide], panel.data(), block, some, wide,
+                     tile.data());
+      for (int64_t i = 0; i < block; ++i) {
+        kept[r + i].offer(&tile[i * kPanel], some, m, most, most_bias);
       }
     }
   }
@@ -416,6 +486,7 @@ void encode_rows(const float* x, const float* w, const float* b, int64_t count,
     kept[r].finish(x + r * width, w, b, width, values + r * k, indices + r * k);
   }
 }
+#endif
 
 ffi::Error encode(ffi::ThreadPool pool, F32 x, F32 w, F32 b, OutF32 vals,
                   OutS32 idx, bool screen) {
@@ -426,9 +497,9 @@ ffi::Error encode(ffi::ThreadPool pool, F32 x, F32 w, F32 b, OutF32 vals,
   int32_t* indices = idx->typed_data();
   int64_t threads = std::max<int64_t>(pool.num_threads(), 1);
   int64_t chunk = std::min(kChunk, up((rows + threads - 1) / threads, kBlock));
-  auto run = encode_rows<Best>;
+  auto run = encode_full;
 #ifdef __AVX512BF16__
-  if (screen) run = encode_rows<Screened>;
+  if (screen) run = encode_screened;
 #else
   if (screen) {
     return ffi::Error::Unimplemented("this processor has no AVX512_BF16");
@@ -440,13 +511,6 @@ ffi::Error encode(ffi::ThreadPool pool, F32 x, F32 w, F32 b, OutF32 vals,
         indices + n * k);
   });
   return ffi::Error::Success();
-}
-
-// y += v * w, of width D.
-inline void axpy(float v, const float* w, int64_t width, float* y) {
-  int64_t d = 0;
-  for (; d + kLanes <= width; d += kLanes) store(y + d, load(y + d) + v * load(w + d));
-  for (; d < width; ++d) y[d] += v * w[d];
 }
 
 constexpr int64_t kTask = 64;  // rows of a task of the sparse products

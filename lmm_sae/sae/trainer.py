@@ -192,18 +192,14 @@ def learning_rate(
   return options.peak_lr(latents) * jnp.clip(jnp.minimum(warm, decay), 0, 1)
 
 
-def make_step(
+def check(
   config: SaeConfig, options: TrainConfig, mesh: jax.sharding.Mesh
-) -> Callable[[TrainState, jax.Array], tuple[TrainState, dict]]:
-  """The jitted step: (state, batch [N, D]) -> (state, metrics).
-
-  The batch is split over `data`; each device sums over its share, piece by
-  piece where `accumulate` asks for it, and one psum makes gradients and metrics
-  whole. Where the loss or a gradient is not finite, the step is counted and
-  changes nothing else but its number. The state is donated.
+) -> None:
+  """Refuses what the devices cannot share.
 
   Raises:
-    ValueError: the rows do not divide over the devices and the pieces.
+    ValueError: the rows do not divide over the devices and the pieces, or the
+      latents over those that share them.
   """
   shares = mesh.shape[mesh_lib.DATA]
   if options.rows % (shares * options.accumulate):
@@ -218,6 +214,22 @@ def make_step(
       f'sae.latents is {config.latents}, which {parts} devices cannot share '
       f'evenly (train.latent_shards): make it a multiple of {parts}'
     )
+
+
+def make_step(
+  config: SaeConfig, options: TrainConfig, mesh: jax.sharding.Mesh
+) -> Callable[[TrainState, jax.Array], tuple[TrainState, dict]]:
+  """The jitted step: (state, batch [N, D]) -> (state, metrics).
+
+  The batch is split over `data`; each device sums over its share, piece by
+  piece where `accumulate` asks for it, and one psum makes gradients and metrics
+  whole. Where the loss or a gradient is not finite, the step is counted and
+  changes nothing else but its number. The state is donated.
+
+  Raises:
+    ValueError: see `check`.
+  """
+  check(config, options, mesh)
   return _jitted(dataclasses.replace(config, layer=0), options, mesh)
 
 
@@ -303,7 +315,8 @@ def _jitted(config: SaeConfig, options: TrainConfig, mesh: jax.sharding.Mesh):
     return state, metrics
 
   def whole(share):
-    return jax.lax.psum(share, mesh_lib.DATA)
+    alone = mesh.shape[mesh_lib.DATA] == 1  # XLA copies even then
+    return share if alone else jax.lax.psum(share, mesh_lib.DATA)
 
   def over_latents(share):
     return jax.lax.psum(share, axis) if axis else share

@@ -43,6 +43,8 @@ def run(config: ConfigDict, workdir: Workdir) -> None:
   ]
   mesh = mesh_lib.make(options.devices, options.latent_shards)
   for sae_config in configs:
+    trainer.check(sae_config, options, mesh)
+  for sae_config in configs:
     Run(store, sae_config, options, config.seed, mesh, workdir).train()
 
 

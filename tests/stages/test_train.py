@@ -65,6 +65,7 @@ def test_training_leaves_checkpoints_metrics_and_exports(trained):
     'dead',
     'lr',
     'grad_norm',
+    'skipped',
     'rows_per_s',
     'input_wait_share',
   }
@@ -211,6 +212,9 @@ def test_every_layer_gets_an_sae(tmp_path, monkeypatch):
     ('sae__latents', 0, 'sae.latents is 0'),
     ('train__rows', 0, 'train.rows is 0'),
     ('train__devices', 99, 'train.devices is 99'),
+    ('train__devices', 3, 'train.rows is 16'),
+    ('train__accumulate', 5, 'multiple of 5'),
+    ('train__latent_shards', 2, 'does not divide the 1'),
     ('lmm__layers', (5,), 'layer 5 is not in'),
   ],
 )
@@ -222,6 +226,52 @@ def test_bad_settings_are_refused_before_anything_is_written(
   with pytest.raises(ValueError, match=message):
     train.run(config, workdir)
   assert files(workdir.root) == before
+
+
+def test_latents_that_the_devices_cannot_share_are_refused(workdir):
+  before = files(workdir.root)
+  config = small.run_config(
+    base.get_config(), train__devices=8, train__latent_shards=8
+  )
+  with pytest.raises(ValueError, match=r'sae\.latents is 12.*multiple of 8'):
+    train.run(config, workdir)
+  assert files(workdir.root) == before
+
+
+def test_a_run_goes_on_with_other_devices(workdir, trained, root):
+  command = [sys.executable, '-c', KILLED, str(workdir.root), '13']
+  subprocess.run(command, cwd=root, capture_output=True, check=False)
+  assert checkpoint.steps(workdir.sae(LAYER)) == [5, 10]
+  config = small.run_config(
+    base.get_config(), train__devices=8, train__latent_shards=4
+  )
+  train.run(config, workdir)
+  one, many = (
+    checkpoint.load(place.export(LAYER)) for place in (trained, workdir)
+  )
+  np.testing.assert_allclose(many.w_enc_MD, one.w_enc_MD, atol=1e-4)
+  np.testing.assert_allclose(many.w_dec_MD, one.w_dec_MD, atol=1e-4)
+
+
+def test_rows_that_are_not_finite_stop_the_run(workdir, monkeypatch, caplog):
+  read = train.data.Rows.read
+
+  def spoiled(self, block):
+    x_ND = read(self, block)
+    if block % 3 == 0:
+      x_ND[0] = np.nan
+    return x_ND
+
+  monkeypatch.setattr(train.data.Rows, 'read', spoiled)
+  monkeypatch.setattr(
+    train.data.Rows, 'sample', lambda self, count, seed: small.rows(count)
+  )
+  with pytest.raises(ValueError, match='2 steps of layer 4 met NaN or Inf'):
+    train.run(small.run_config(base.get_config()), workdir)
+  lines = records.read_lines(workdir.file('metrics.jsonl'))
+  assert lines[-1]['fvu'] is None
+  assert lines[-1]['skipped'] == 2
+  assert not workdir.export(LAYER).exists()
 
 
 def test_a_missing_store_names_the_stage_that_makes_it(tmp_path, config):
