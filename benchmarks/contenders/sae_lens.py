@@ -23,6 +23,7 @@ class Contender:
     options = SAETrainerConfig(
       total_training_samples=10**12,
       train_batch_size_samples=job['rows'],
+      lr_end=job['lr'],
       lr=job['lr'],
     )
     self.trainer = SAETrainer(options, self.sae, iter(()))
