@@ -502,7 +502,8 @@ ffi::Error encode(ffi::ThreadPool pool, F32 x, F32 w, F32 b, OutF32 vals,
   if (screen) run = encode_screened;
 #else
   if (screen) {
-    return ffi::Error::Unimplemented("this processor has no AVX512_BF16");
+    return ffi::Error(ffi::ErrorCode::kUnimplemented,
+                      "this processor has no AVX512_BF16");
   }
 #endif
   parallel(pool, (rows + chunk - 1) / chunk, [=](int64_t c) {
@@ -587,6 +588,10 @@ ffi::Error spmm_t(ffi::ThreadPool pool, F32 v, S32 idx, F32 x, OutF32 w) {
   const float *vs = v.typed_data(), *xs = x.typed_data();
   float* out = w->typed_data();
   if (!inside(idx.typed_data(), rows * k, latents)) return outside();
+  if (rows * k > INT32_MAX) {
+    return ffi::Error(ffi::ErrorCode::kUnimplemented,
+                      "a code of 2^31 entries or more: raise train.accumulate");
+  }
   Places places(idx.typed_data(), rows * k, latents);
   const int64_t* first = places.first.data();
   const int32_t* place = places.place.data();

@@ -1,5 +1,8 @@
 """The C++ kernels: exact whatever comes, on machines of every kind."""
 
+import os
+import platform
+import shlex
 import subprocess
 import sys
 
@@ -134,3 +137,15 @@ def test_a_compiler_that_fails_is_quoted(monkeypatch, tmp_path):
   with pytest.raises(RuntimeError, match='no-such-flag'):
     native.build()
   assert [p for p in tmp_path.rglob('*') if p.is_file()] == []
+
+
+@pytest.mark.skipif(platform.machine() != 'x86_64', reason='names x86 flags')
+@pytest.mark.parametrize('flags', [['-msse2'], ['-mavx2', '-mfma']])
+def test_the_source_compiles_for_lesser_processors(flags):
+  compiler = shlex.split(os.environ.get('CXX', 'c++'))
+  kept = [flag for flag in native.FLAGS if flag != '-march=native']
+  include = ['-isystem', jax.ffi.include_dir()]
+  subprocess.run(
+    [*compiler, *kept, *flags, *include, '-fsyntax-only', str(native.SOURCE)],
+    check=True,
+  )
