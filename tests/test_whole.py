@@ -28,6 +28,7 @@ FLAGS = {
 }
 # Wall times, token counts and the commit are of a run, not of its results.
 OF_A_RUN = {'seconds.json', 'usage.json', 'runs.jsonl', 'metrics.jsonl'}
+OWN = {'summary.json': 'seconds', 'config.json': 'commit'}
 
 
 @pytest.mark.slow
@@ -76,8 +77,8 @@ def _files(workdir: pathlib.Path) -> dict[str, object]:
       continue
     if top == 'report' or re.match(r'sae/\d+/\d+/', name):
       continue  # the report shows times; orbax draws its files' names
-    if path.name == 'summary.json':
-      found[name] = json.loads(path.read_text()) | {'seconds': None}
+    if name in OWN:
+      found[name] = json.loads(path.read_text()) | {OWN[name]: None}
     elif path.suffix == '.npy':
       found[name] = np.load(path).tobytes()
     else:
