@@ -30,7 +30,8 @@ from lmm_sae.sae import model, trainer
 from lmm_sae.sae.model import Params, SaeConfig, SparseCode
 from lmm_sae.sae.trainer import TrainState
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 1  # of exports
+CHECKPOINT_VERSION = 2  # of checkpoints; 1 counted no skipped steps
 SAELENS_VERSION = '6.54.12'  # whose layout `saelens` is
 
 _SPARSIFY = 'sae.safetensors'
@@ -103,7 +104,7 @@ class Checkpoints:
     """
     found = dict(self._checkpointer.metadata(step).custom_metadata or {})
     version = found.pop('format_version', None)
-    _check_version(self.path / str(step), version)
+    _check_version(self.path / str(step), version, CHECKPOINT_VERSION)
     return Note(step=step, **found)
 
   def save(self, state: TrainState, note: Note) -> None:
@@ -113,7 +114,7 @@ class Checkpoints:
       state,
       force=True,
       custom_metadata={
-        'format_version': FORMAT_VERSION,
+        'format_version': CHECKPOINT_VERSION,
         'settings': note.settings,
         'data': note.data,
       },
@@ -367,9 +368,10 @@ def _read(folder: pathlib.Path, name: str, layer: int | None) -> Sae:
   return Sae(config, w_enc_MD, b_enc, w_dec, b_dec)
 
 
-def _check_version(path: pathlib.Path, version: Any) -> None:
-  if version != FORMAT_VERSION:
+def _check_version(
+  path: pathlib.Path, version: Any, known: int = FORMAT_VERSION
+) -> None:
+  if version != known:
     raise ValueError(
-      f'{path} has format_version {version}; this program reads '
-      f'{FORMAT_VERSION}'
+      f'{path} has format_version {version}; this program reads {known}'
     )

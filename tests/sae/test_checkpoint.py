@@ -83,11 +83,11 @@ def test_a_checkpoint_of_an_unknown_format_is_refused(
   tmp_path, state, monkeypatch
 ):
   with monkeypatch.context() as patch, Checkpoints(tmp_path, keep=1) as made:
-    patch.setattr(checkpoint, 'FORMAT_VERSION', 99)
+    patch.setattr(checkpoint, 'CHECKPOINT_VERSION', 99)
     made.save(state, Note(5, SETTINGS, DATA))
   with (
     Checkpoints(tmp_path) as checkpoints,
-    pytest.raises(ValueError, match=r'format_version 99.*reads 1'),
+    pytest.raises(ValueError, match=r'format_version 99.*reads 2'),
   ):
     checkpoints.note(5)
 
