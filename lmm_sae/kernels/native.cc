@@ -1,5 +1,5 @@
-// The four kernels for a CPU: blocked products, exact top-k as they are made,
-// sums by latent in a fixed order. `native.py` builds this file for the machine
+// The kernels for a CPU: blocked products, exact top-k as they are made, sums by
+// latent in a fixed order, an optimiser step in place. `native.py` builds this file for the machine
 // it runs on and says what each function means.
 //
 // Dimension key: N rows, D width, M latents, K active latents a row.
@@ -219,7 +219,7 @@ void write(std::vector<uint64_t>& keys, int64_t k, float* values,
 
 // Calls take(i, at[i]) where at[i] > least, for 0 <= i < count.
 template <class Take>
-inline void each_above(const float* at, int64_t count, const float& least,
+inline void each_above(const float* at, int64_t count, float least,
                        Take take) {
   for (int64_t i = 0; i < count; i += kLanes) {
     uint32_t bits = above(at + i, least);
@@ -262,7 +262,9 @@ class Best {
 // y += v * w, of width D.
 inline void axpy(float v, const float* w, int64_t width, float* y) {
   int64_t d = 0;
-  for (; d + kLanes <= width; d += kLanes) store(y + d, load(y + d) + v * load(w + d));
+  for (; d + kLanes <= width; d += kLanes) {
+    store(y + d, load(y + d) + v * load(w + d));
+  }
   for (; d < width; ++d) y[d] += v * w[d];
 }
 
@@ -384,20 +386,30 @@ using S32 = ffi::Buffer<ffi::S32>;
 using OutF32 = ffi::ResultBuffer<ffi::F32>;
 using OutS32 = ffi::ResultBuffer<ffi::S32>;
 
-// tile[block, some] += packed rows times packed latents, of `wide` words each.
-template <class Product>
-void multiply(const float* rows, const float* columns, int64_t block,
-              int64_t some, int64_t wide, float* tile) {
-  for (int64_t from = 0; from < wide; from += kDepth) {
-    int64_t depth = std::min(kDepth, wide - from);
-    for (int64_t j = 0; j < some; j += kWide) {
-      for (int64_t i = 0; i < block; i += kRows) {
-        micro<Product>(rows + i * depth, columns + j * depth, depth,
-                       &tile[i * kPanel + j]);
-      }
+// Calls take(row, z) with the pre-activations z of each of `count` packed rows
+// for `some` packed latents, of `wide` words each; `tile` is room for them.
+template <class Product, class Take>
+void products(const float* rows, const float* latents, const float* bias,
+              int64_t count, int64_t some, int64_t wide,
+              std::vector<float>& tile, Take take) {
+  for (int64_t r = 0; r < count; r += kBlock) {
+    int64_t block = std::min(kBlock, count - r);
+    for (int64_t i = 0; i < up(block, kRows); ++i) {
+      std::memcpy(&tile[i * kPanel], bias, some * sizeof(float));
     }
-    rows += up(block, kRows) * depth;
-    columns += up(some, kWide) * depth;
+    const float *x = rows + r * wide, *w = latents;
+    for (int64_t from = 0; from < wide; from += kDepth) {
+      int64_t depth = std::min(kDepth, wide - from);
+      for (int64_t j = 0; j < some; j += kWide) {
+        for (int64_t i = 0; i < block; i += kRows) {
+          micro<Product>(x + i * depth, w + j * depth, depth,
+                         &tile[i * kPanel + j]);
+        }
+      }
+      x += up(block, kRows) * depth;
+      w += up(some, kWide) * depth;
+    }
+    for (int64_t i = 0; i < block; ++i) take(r + i, &tile[i * kPanel]);
   }
 }
 
@@ -416,17 +428,8 @@ void encode_full(const float* x, const float* w, const float* b, int64_t count,
   for (int64_t m = 0; m < latents; m += kPanel) {
     int64_t some = std::min(kPanel, latents - m);
     pack_latents(w + m * width, some, width, panel.data());
-    for (int64_t r = 0; r < count; r += kBlock) {
-      int64_t block = std::min(kBlock, count - r);
-      for (int64_t i = 0; i < up(block, kRows); ++i) {
-        std::memcpy(&tile[i * kPanel], b + m, some * sizeof(float));
-      }
-      multiply<Full>(&own[r * width], panel.data(), block, some, width,
-                     tile.data());
-      for (int64_t i = 0; i < block; ++i) {
-        kept[r + i].offer(&tile[i * kPanel], some, m);
-      }
-    }
+    products<Full>(own.data(), panel.data(), b + m, count, some, width, tile,
+                   [&](int64_t r, float* z) { kept[r].offer(z, some, m); });
   }
   for (int64_t r = 0; r < count; ++r) {
     kept[r].finish(values + r * k, indices + r * k);
@@ -470,17 +473,10 @@ void encode_screened(const float* x, const float* w, const float* b,
         most_bias = std::max(most_bias, std::abs(b[m + j]));
       }
     }
-    for (int64_t r = 0; r < count; r += kBlock) {
-      int64_t block = std::min(kBlock, count - r);
-      for (int64_t i = 0; i < up(block, kRows); ++i) {
-        std::memcpy(&tile[i * kPanel], bias.data(), some * sizeof(float));
-      }
-      multiply<Half>(&own[r * wide], panel.data(), block, some, wide,
-                     tile.data());
-      for (int64_t i = 0; i < block; ++i) {
-        kept[r + i].offer(&tile[i * kPanel], some, m, most, most_bias);
-      }
-    }
+    products<Half>(own.data(), panel.data(), bias.data(), count, some, wide,
+                   tile, [&](int64_t r, float* z) {
+                     kept[r].offer(z, some, m, most, most_bias);
+                   });
   }
   for (int64_t r = 0; r < count; ++r) {
     kept[r].finish(x + r * width, w, b, width, values + r * k, indices + r * k);

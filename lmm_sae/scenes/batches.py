@@ -259,10 +259,10 @@ def single(
     if len(scene.objects) > 1:  # else few questions tell where two things are
       more = [questions.relation_asked(scene, rng) for _ in range(asked // 4)]
       turns = [one for one in more if one] + turns
+    turns = _placed(turns, _object)
     plain = [t for t in turns if t.turn.type not in ('describe', 'detect')]
-    short.append(_cycle(plain, asked, _object))
-    found = [t for t in turns if t.turn.type == 'detect']
-    detect.append(_cycle(found, len(found), _object))
+    short.append(_cycle(plain, asked))
+    detect.append([t for t in turns if t.turn.type == 'detect'])
     whole.append([t for t in turns if t.turn.type == 'describe'])
   groups = [group(short), group(detect)]
   if describe:
@@ -291,7 +291,7 @@ def masked(rng: np.random.Generator, items: int, tiles: int) -> Batch:
     lit, thing, empty = _any_mask(scene, rng)
     pictures.append((picture(scene, side, lit), scene, lit))
     turns = [Asked(t) for t in questions.visible_turns(thing, empty)]
-    asked.append([turns[i % len(turns)] for i in range(3)])
+    asked.append(_cycle(turns, 3))
   return _stack(pictures, tiles, 1, [group(asked)])
 
 
@@ -306,22 +306,20 @@ def common(rng: np.random.Generator, items: int, images: int) -> Batch:
     for one in shown:
       image = picture(one.scene, model.VIEW, one.lit)
       pictures.append((image, one.scene, one.lit))
-    single = [*sets.by_content(shown, rng)[:2], *sets.by_number(shown)] or asked
-    asked = [*asked, *single][:3]
-    first.append(_cycle(asked, 3, _bright))
-    each.append(_cycle(single, images + 2, _bright))
+    own = [*sets.by_content(shown, rng)[:2], *sets.by_number(shown)] or asked
+    first.append(_cycle(_placed([*asked, *own][:3], _bright), 3))
+    each.append(_cycle(_placed(own, _bright), images + 2))
   return _stack(pictures, 1, images, [group(first), group(each)])
 
 
-def _cycle(
-  asked: list[Asked], count: int, region: Callable[[int], int]
-) -> list[Asked]:
-  """`count` questions, the first ones again if there are fewer.
+def _placed(asked: list[Asked], region: Callable[[int], int]) -> list[Asked]:
+  """The questions, about regions instead of objects or pictures."""
+  return [Asked(t, tuple(map(region, about))) for t, about in asked]
 
-  What they are about becomes regions.
-  """
-  turns = [Asked(t, tuple(map(region, about))) for t, about in asked]
-  return [turns[i % len(turns)] for i in range(count)]
+
+def _cycle(asked: list[Asked], count: int) -> list[Asked]:
+  """`count` questions, the first ones again if there are fewer."""
+  return [asked[i % len(asked)] for i in range(count)]
 
 
 def text(rng: np.random.Generator, items: int, texts: int) -> Batch:
