@@ -39,9 +39,13 @@ def get_config() -> ConfigDict:
       },
       'sae': {
         'latents': 1024,  # M
-        'k': 8,  # latents that may fire on one row
+        'k': 8,  # latents that may fire on one row; on average, but for topk
         'dead_after': 200_000,  # rows without firing that make a latent dead
         'aux': 0,  # dead latents that answer for a row in AuxK; 0: width / 2
+        'activation': 'topk',  # topk, batchtopk, jumprelu
+        'row_k': 0,  # most on one row where k is an average; 0: 4 k
+        'prefixes': (),  # Matryoshka: the first so many are an SAE too
+        'bandwidth': 0.01,  # jumprelu: of its gradient, in rms lengths of a row
       },
       'train': {
         'steps': 1500,  # optimiser steps
@@ -54,6 +58,11 @@ def get_config() -> ConfigDict:
         'max_skipped': 10,  # steps with NaN or Inf before the run stops
         'auxk': 1 / 32,  # weight of the loss that wakes dead latents
         'multi_topk': 0.0,  # weight of the FVU at 4k; paper: 1/8, optional
+        'sparsity': 1.0,  # jumprelu: weight of (l0 / k - 1)**2
+        'k_from': 0,  # k of the first step, which falls to sae.k; 0: sae.k
+        'k_steps': 0,  # optimiser steps within which it does
+        'compute': 'float32',  # of products: float32, bfloat16; sums: float32
+        'init': '',  # SAE folder to go on from: a workdir's export, or another
         'kinds': ('all',),  # token kinds trained on; BOS is never in `all`
         'normalise': True,  # train on rows of unit spread; exports are raw
         'backend': 'auto',  # kernels: auto, native, cpu, reference

@@ -18,20 +18,27 @@ import jax.numpy as jnp
 from jax import lax
 
 
-def select(vals_NK: jax.Array, /, *, k: int, axis: str) -> jax.Array:
+def select(
+  vals_NK: jax.Array, /, *, k: int | jax.Array, axis: str
+) -> jax.Array:
   """The values, with 0 in place of those that are not among the k best of all.
 
   Args:
     vals_NK: descending in each row; the k best of this device's latents, or all
       of them where they are fewer than k.
-    k: of all the devices' latents together.
+    k: of all the devices' latents together; may be traced.
     axis: over which latents are split. Ties go to the lower device and, within
       one, to the earlier value, which is how one device breaks them.
   """
   best_LNK = lax.stop_gradient(lax.all_gather(vals_NK, axis))
   shards, rows, own = best_LNK.shape
   all_NL = jnp.moveaxis(best_LNK, 0, 1).reshape(rows, shards * own)
-  least_N1 = lax.top_k(all_NL, k)[0][:, -1:]
+  if isinstance(k, int):
+    least_N1 = lax.top_k(all_NL, k)[0][:, -1:]
+  else:
+    least_N1 = lax.dynamic_slice_in_dim(
+      jnp.sort(all_NL, 1, descending=True), k - 1, 1, 1
+    )
   room_N1 = k - jnp.sum(all_NL > least_N1, 1, keepdims=True)
   ties_LN = jnp.sum(best_LNK == least_N1, -1)
   before_LN = jnp.cumsum(ties_LN, 0) - ties_LN

@@ -132,7 +132,7 @@ def edited(
   x_nD = x_ND[any_N].to(sae.b_dec_D)
   where_En = where_EN[:, any_N]
   before = Code(wide.vals_NK[any_N], wide.idx_NK[any_N])
-  plain = Code(before.vals_NK[:, : sae.k], before.idx_NK[:, : sae.k])
+  plain = sae.fire(before)
   code = _changed(
     sae, _clamped(sae, x_nD, before, edits, where_En), edits, where_En
   )
@@ -151,7 +151,7 @@ def _clamped(sae, x_ND, wide, edits, where_EN) -> Code:
   """The k largest once the pre-activations of the clamped latents are set."""
   latents = sorted({e.latent for e in edits if e.mode == 'clamp'})
   if not latents:
-    return Code(wide.vals_NK[:, : sae.k], wide.idx_NK[:, : sae.k])
+    return sae.fire(wide)
   latents_L = torch.tensor(latents, device=x_ND.device)
   own_NL = sae.pre(x_ND, latents_L)
   for edit, where_N in zip(edits, where_EN, strict=True):
@@ -164,7 +164,8 @@ def _clamped(sae, x_ND, wide, edits, where_EN) -> Code:
     torch.cat([others_NK, own_NL.relu()], 1),
     torch.cat([wide.idx_NK, latents_L.expand(len(x_ND), -1)], 1),
   )
-  return Code(code.vals_NK[:, : sae.k].relu(), code.idx_NK[:, : sae.k])
+  code = sae.fire(code)
+  return code._replace(vals_NK=code.vals_NK.relu())
 
 
 def _changed(sae, code, edits, where_EN) -> Code:

@@ -1,8 +1,9 @@
-"""The TopK SAE in Torch, for the server: the same numbers as `lmm_sae.sae`.
+"""The SAE in Torch, for the server: the same numbers as `lmm_sae.sae`.
 
 Read from the sparsify layout: a folder with cfg.json {k, ...} and
 sae.safetensors {encoder.weight [M, D], encoder.bias [M], W_dec [M, D],
-b_dec [D]}; the published SAEs of arXiv 2411.14982 have it too.
+b_dec [D]}; the published SAEs of arXiv 2411.14982 have it too. What was trained
+with another activation than TopK has a threshold [M] beside them.
 """
 
 import dataclasses
@@ -28,8 +29,9 @@ class Code(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Sae:
-  """z = TopK(relu((x - b_dec) W_encᵀ + b_enc)), x̂ = z W_dec + b_dec.
+  """z = A(relu((x - b_dec) W_encᵀ + b_enc)), x̂ = z W_dec + b_dec.
 
+  A keeps the k largest of a row, and of those what is above theta.
   All in float32 whatever the subject's dtype: rounding the pre-activations
   changes which latents are among the k. At M = 131,072 and D = 4096 the two
   matrices take 4.3 GB.
@@ -40,6 +42,7 @@ class Sae:
   w_dec_MD: torch.Tensor
   b_dec_D: torch.Tensor
   k: int
+  theta_M: torch.Tensor | None = None  # None: 0
 
   @property
   def latents(self) -> int:
@@ -74,7 +77,14 @@ class Sae:
 
   def encode(self, x_ND: torch.Tensor, /) -> Code:
     """The sparse code of each row."""
-    return self.top(x_ND, self.k)
+    return self.fire(self.top(x_ND, self.k))
+
+  def fire(self, code: Code, /) -> Code:
+    """The k largest of a code, with 0 for what is not above its threshold."""
+    vals_NK, idx_NK = code.vals_NK[:, : self.k], code.idx_NK[:, : self.k]
+    if self.theta_M is not None:
+      vals_NK = vals_NK * (vals_NK > self.theta_M[idx_NK])
+    return Code(vals_NK, idx_NK)
 
   def pre(self, x_ND: torch.Tensor, latents_L: torch.Tensor, /) -> torch.Tensor:
     """The pre-activations [N, L] of some latents, before relu and TopK."""
@@ -126,4 +136,11 @@ def load(path: str | pathlib.Path, device: str = 'cpu') -> Sae:
     raise ValueError(f'{path}: encoder {tuple(w_enc.shape)} against {shapes}')
   if not 0 < config['k'] <= latents:
     raise ValueError(f'{path}: k {config["k"]} of {latents} latents')
-  return Sae(w_enc, b_enc, w_dec, b_dec, int(config['k']))
+  theta = tensors.get('threshold')
+  if theta is None and config.get('activation', 'topk') != 'topk':
+    raise ValueError(f'{path}: a {config["activation"]} SAE has a threshold')
+  if theta is not None:
+    theta = theta.to(torch.float32)
+    if tuple(theta.shape) != (latents,):
+      raise ValueError(f'{path}: threshold {tuple(theta.shape)}')
+  return Sae(w_enc, b_enc, w_dec, b_dec, int(config['k']), theta)

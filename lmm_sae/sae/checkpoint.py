@@ -31,7 +31,7 @@ from lmm_sae.sae.model import Params, SaeConfig, SparseCode
 from lmm_sae.sae.trainer import TrainState
 
 FORMAT_VERSION = 1  # of exports
-CHECKPOINT_VERSION = 2  # of checkpoints; 1 counted no skipped steps
+CHECKPOINT_VERSION = 3  # of checkpoints; 2 had no thresholds
 SAELENS_VERSION = '6.54.12'  # whose layout `saelens` is
 
 _SPARSIFY = 'sae.safetensors'
@@ -160,7 +160,8 @@ def shapes(path: str | os.PathLike, step: int) -> dict[str, Any]:
 class Sae:
   """A trained SAE in numpy, for rows as the store holds them.
 
-  z = TopK(relu(W_enc (x - b_dec) + b_enc)), x̂ = W_decᵀ z + b_dec, in float32.
+  z = A(relu(W_enc (x - b_dec) + b_enc)), x̂ = W_decᵀ z + b_dec, in float32.
+  A keeps the `config.most` largest of a row, and of those what is above theta.
   """
 
   config: SaeConfig
@@ -168,6 +169,7 @@ class Sae:
   b_enc_M: np.ndarray
   w_dec_MD: np.ndarray
   b_dec_D: np.ndarray
+  theta_M: np.ndarray
 
   def __post_init__(self):
     wide = (self.config.latents, self.config.width)
@@ -176,6 +178,7 @@ class Sae:
       ('b_enc_M', wide[:1]),
       ('w_dec_MD', wide),
       ('b_dec_D', wide[1:]),
+      ('theta_M', wide[:1]),
     ):
       if getattr(self, name).shape != shape:
         raise ValueError(
@@ -198,7 +201,7 @@ class Sae:
       raise ValueError(
         f'rows have shape {x_ND.shape}; this SAE reads [N, {self.config.width}]'
       )
-    k = self.config.k
+    k = self.config.most
     parts = [
       _encode(self.params, part_ND, k=k)
       for part_ND in _padded(x_ND.astype(np.float32))
@@ -227,7 +230,7 @@ def exported(config: SaeConfig, state: TrainState) -> Sae:
 
 @functools.partial(jax.jit, static_argnames='k')
 def _encode(params, x_ND, *, k):
-  return model.encode(params, x_ND, k=k)
+  return model.fire(params, model.encode(params, x_ND, k=k))
 
 
 def _padded(x_ND: np.ndarray):
@@ -249,11 +252,13 @@ def export(sae: Sae, path: str | os.PathLike, *, step: int = 0) -> None:
   config = sae.config
   cfg = {
     'format_version': FORMAT_VERSION,
-    'activation': 'topk',
+    'activation': config.activation,
     'd_in': config.width,
     'num_latents': config.latents,
     'expansion_factor': config.latents // config.width,
-    'k': config.k,
+    'k': config.most,
+    'mean_k': config.k,
+    'prefixes': list(config.prefixes),
     'normalize_decoder': True,
     'multi_topk': False,
     'skip_connection': False,
@@ -268,12 +273,18 @@ def export(sae: Sae, path: str | os.PathLike, *, step: int = 0) -> None:
     'W_dec': sae.w_dec_MD,
     'b_dec': sae.b_dec_D,
   }
+  jumps = config.activation != 'topk'
+  if jumps:
+    tensors['threshold'] = sae.theta_M
   _write(part / 'sparsify', cfg, _SPARSIFY, tensors)
   cfg = {
-    'architecture': 'topk',
+    'architecture': 'jumprelu' if jumps else 'topk',
     'd_in': config.width,
     'd_sae': config.latents,
-    'k': config.k,
+    'k': config.most,
+    'mean_k': config.k,
+    'activation': config.activation,
+    'prefixes': list(config.prefixes),
     'dtype': 'float32',
     'device': 'cpu',
     'apply_b_dec_to_input': True,
@@ -294,6 +305,8 @@ def export(sae: Sae, path: str | os.PathLike, *, step: int = 0) -> None:
     'W_dec': sae.w_dec_MD,
     'b_dec': sae.b_dec_D,
   }
+  if jumps:
+    tensors['threshold'] = sae.theta_M
   _write(part / 'saelens', cfg, _SAELENS, tensors)
   shutil.rmtree(path, ignore_errors=True)
   part.rename(path)
@@ -341,20 +354,21 @@ def _read(folder: pathlib.Path, name: str, layer: int | None) -> Sae:
     unread.append('rescale_acts_by_decoder_norm')
   if not cfg.get('apply_b_dec_to_input', True):
     unread.append('apply_b_dec_to_input=false')
-  if kind != 'topk' or unread:
+  if kind not in model.ACTIVATIONS or unread:
     raise ValueError(
-      f'{folder} holds a {kind} SAE {unread or ""}: only plain TopK SAEs are '
-      'read'
+      f'{folder} holds a {kind} SAE {unread or ""}: only plain ones are read, '
+      f'of {", ".join(model.ACTIVATIONS)}'
     )
   tensors = load_file(folder / name)
+  wanted = ['encoder.weight', 'encoder.bias', 'W_dec', 'b_dec']
   if name == _SAELENS:
-    wanted = ('W_enc', 'b_enc', 'W_dec', 'b_dec')
-  else:
-    wanted = ('encoder.weight', 'encoder.bias', 'W_dec', 'b_dec')
+    wanted[:2] = ['W_enc', 'b_enc']
+  if kind != 'topk':
+    wanted.append('threshold')
   missing = [key for key in wanted if key not in tensors]
   if missing or 'k' not in cfg:
     raise ValueError(f'{folder} lacks {", ".join(missing) or "k in cfg.json"}')
-  w_enc, b_enc, w_dec, b_dec = (
+  w_enc, b_enc, w_dec, b_dec, *theta = (
     tensors[key].astype(np.float32) for key in wanted
   )
   w_enc_MD = np.ascontiguousarray(w_enc.T) if name == _SAELENS else w_enc
@@ -362,10 +376,14 @@ def _read(folder: pathlib.Path, name: str, layer: int | None) -> Sae:
     layer=cfg.get('layer', -1) if layer is None else layer,
     width=w_enc_MD.shape[1],
     latents=w_enc_MD.shape[0],
-    k=cfg['k'],
+    k=cfg.get('mean_k', cfg['k']),
     dead_after=cfg.get('dead_after', 10_000_000),
+    activation=kind,
+    row_k=0 if kind == 'topk' else cfg['k'],
+    prefixes=tuple(cfg.get('prefixes', ())),
   )
-  return Sae(config, w_enc_MD, b_enc, w_dec, b_dec)
+  theta_M = theta[0] if theta else np.zeros_like(b_enc)
+  return Sae(config, w_enc_MD, b_enc, w_dec, b_dec, theta_M)
 
 
 def _check_version(

@@ -1,10 +1,12 @@
-"""The TopK sparse autoencoder: configuration, parameters, losses.
+"""The sparse autoencoder: configuration, parameters, encoder and decoder.
 
-    z = TopK(relu(W_enc (x - b_dec) + b_enc))        x̂ = W_decᵀ z + b_dec
+    z = A(relu(W_enc (x - b_dec) + b_enc))        x̂ = W_decᵀ z + b_dec
 
-after Gao et al., "Scaling and evaluating sparse autoencoders", arXiv
-2406.04093, as trained in arXiv 2411.14982. Everything is a pure function of the
-parameters; the sparse products are those of `kernels.ops`.
+A leaves few latents on each row. With `topk` the k largest, after Gao et al.,
+"Scaling and evaluating sparse autoencoders", arXiv 2406.04093, as trained in
+arXiv 2411.14982; with `batchtopk` and `jumprelu` those above a threshold, of
+which k is the number a row on average (see `sae.activations`). Everything is a
+pure function of the parameters; the sparse products are those of `kernels.ops`.
 """
 
 import dataclasses
@@ -17,6 +19,8 @@ from jax import lax
 
 from lmm_sae.kernels import ops, sharded
 
+ACTIVATIONS = ('topk', 'batchtopk', 'jumprelu')
+
 
 @dataclasses.dataclass(frozen=True)
 class SaeConfig:
@@ -26,9 +30,14 @@ class SaeConfig:
     layer: 0-based decoder layer whose output it reads.
     width: D, of that output.
     latents: M.
-    k: latents that may fire on one row.
+    k: latents that may fire on one row; on average, unless A is `topk`.
     dead_after: rows without firing after which a latent is dead.
     aux: dead latents that may answer for one row in AuxK; 0: D / 2.
+    activation: A, one of ACTIVATIONS.
+    row_k: latents that may fire on one row where k is an average; 0: 4 k.
+    prefixes: Matryoshka: the first so many latents are an SAE too; ascending,
+      each below M; () for none.
+    bandwidth: of JumpReLU's gradient, in root mean square lengths of a row.
 
   Raises:
     ValueError: a field is out of bounds.
@@ -40,8 +49,13 @@ class SaeConfig:
   k: int
   dead_after: int = 10_000_000
   aux: int = 0
+  activation: str = 'topk'
+  row_k: int = 0
+  prefixes: tuple[int, ...] = ()
+  bandwidth: float = 0.01
 
   def __post_init__(self):
+    object.__setattr__(self, 'prefixes', tuple(self.prefixes))  # JSON: a list
     if self.latents < 1:
       raise ValueError(f'sae.latents is {self.latents}; it must be at least 1')
     if not 1 <= self.k <= self.latents:
@@ -54,21 +68,62 @@ class SaeConfig:
       )
     if self.aux < 0:
       raise ValueError(f'sae.aux is {self.aux}; it must be at least 0')
+    if self.activation not in ACTIVATIONS:
+      raise ValueError(
+        f'sae.activation is {self.activation!r}; it is one of '
+        f'{", ".join(ACTIVATIONS)}'
+      )
+    if self.row_k and not self.k <= self.row_k <= self.latents:
+      raise ValueError(
+        f'sae.row_k is {self.row_k}; it must be in {self.k}..{self.latents} '
+        '(sae.k to sae.latents), or 0'
+      )
+    if self.activation == 'topk' and self.row_k not in (0, self.k):
+      raise ValueError(
+        f'sae.row_k is {self.row_k}, but with sae.activation=topk every row '
+        f'has sae.k={self.k}: set it to 0'
+      )
+    steps = zip(
+      (0, *self.prefixes), (*self.prefixes, self.latents), strict=True
+    )
+    if any(one >= two for one, two in steps):
+      raise ValueError(
+        f'sae.prefixes is {self.prefixes}; they must ascend, within '
+        f'1..{self.latents - 1} (sae.latents - 1)'
+      )
+    if not self.bandwidth > 0:
+      raise ValueError(f'sae.bandwidth is {self.bandwidth}; it must be above 0')
 
   @property
   def k_aux(self) -> int:
     """Dead latents that may answer for one row; Gao et al. take D / 2."""
     return min(self.aux or max(self.width // 2, 1), self.latents)
 
+  @property
+  def most(self) -> int:
+    """K: latents that can fire on one row, the columns of its code."""
+    if self.activation == 'topk':
+      return self.k
+    return self.row_k or min(4 * self.k, self.latents)
+
 
 @flax.struct.dataclass
 class Params:
-  """W_enc [M, D], b_enc [M], W_dec [M, D] with rows of unit norm, b_dec [D]."""
+  """The arrays of an SAE.
+
+  Attributes:
+    w_enc_MD: encoder rows.
+    b_enc_M: their biases.
+    w_dec_MD: decoder rows, of unit norm.
+    b_dec_D: what x̂ starts from, and what x is read against.
+    theta_M: activation above which a latent fires; 0 with TopK.
+  """
 
   w_enc_MD: jax.Array
   b_enc_M: jax.Array
   w_dec_MD: jax.Array
   b_dec_D: jax.Array
+  theta_M: jax.Array
 
 
 class SparseCode(NamedTuple):
@@ -81,15 +136,6 @@ class SparseCode(NamedTuple):
   idx_NK: jax.Array
 
 
-class Losses(NamedTuple):
-  """Terms of the loss, and the loss: fvu + weights · (auxk, multi)."""
-
-  fvu: jax.Array
-  auxk: jax.Array
-  multi: jax.Array
-  total: jax.Array
-
-
 def init(config: SaeConfig, b_dec_D: jax.Array, key: jax.Array) -> Params:
   """Encoder rows as torch's Linear draws them, W_dec their normalised copy."""
   bound = config.width**-0.5
@@ -100,6 +146,7 @@ def init(config: SaeConfig, b_dec_D: jax.Array, key: jax.Array) -> Params:
     b_enc_M=jnp.zeros(config.latents),
     w_dec_MD=w_enc_MD,
     b_dec_D=jnp.asarray(b_dec_D, jnp.float32),
+    theta_M=jnp.zeros(config.latents),
   )
   return normalise(params)
 
@@ -113,25 +160,55 @@ def encode(
   backend: str = 'auto',
   axis: str = '',
 ) -> SparseCode:
-  """The k latents that fire most on each row.
+  """The k latents that fire most on each row, whatever their thresholds.
 
-  With `axis`, over which latents are split, each device holds those of the k
-  that are its own, by its own indices; its other values are 0.
+  Products are of the dtype of W_enc. With `axis`, over which latents are split,
+  each device holds those of the k that are its own, by its own indices; its
+  other values are 0.
   """
-  # W (x - b_dec) + b_enc = W x + (b_enc - W b_dec): the gradient of b_dec then
-  # comes from that of the bias, without a pass over the rows.
   b_dec_D = sharded.spread(params.b_dec_D, axis) if axis else params.b_dec_D
-  b_M = params.b_enc_M - params.w_enc_MD @ b_dec_D
-  return _top(params, x_ND, b_M, k, backend, axis)
+  b_M = _bias(params.b_enc_M, lax.stop_gradient(params.w_enc_MD), b_dec_D)
+  return top(params, x_ND, b_M, k, backend, axis)
 
 
-def _top(params, x_ND, b_M, k, backend, axis) -> SparseCode:
+@jax.custom_vjp
+def _bias(b_enc_M, w_enc_MD, b_dec_D):
+  """b_enc, with the gradient of b_dec that W (x - b_dec) + b_enc has.
+
+  So it takes a product with one vector, not a pass over the rows.
+  """
+  del w_enc_MD, b_dec_D
+  return b_enc_M
+
+
+def _bias_bwd(w_enc_MD, grad_M):
+  along_D = grad_M.astype(w_enc_MD.dtype) @ w_enc_MD
+  return grad_M, None, -along_D.astype(jnp.float32)
+
+
+_bias.defvjp(lambda b_enc_M, w_enc_MD, b_dec_D: (b_enc_M, w_enc_MD), _bias_bwd)
+
+
+def top(
+  params: Params,
+  x_ND: jax.Array,
+  b_M: jax.Array,
+  k: int,
+  backend: str,
+  axis: str,
+) -> SparseCode:
+  """The k largest of relu(W (x - b_dec) + b): see `encode`.
+
+  b_dec has no gradient here; rows are centred before they are rounded.
+  """
   own = min(k, len(b_M))
+  x_ND = x_ND - lax.stop_gradient(params.b_dec_D)
+  x_ND = x_ND.astype(params.w_enc_MD.dtype)
   code = ops.encode(x_ND, params.w_enc_MD, b_M, k=own, backend=backend)
-  return _select(SparseCode(*code), k, axis)
+  return select(SparseCode(*code), k, axis)
 
 
-def _select(code: SparseCode, k: int, axis: str) -> SparseCode:
+def select(code: SparseCode, k: int, axis: str) -> SparseCode:
   """The k best of a code, which is sorted; over the axis where there is one."""
   code = SparseCode(code.vals_NK[:, :k], code.idx_NK[:, :k])
   if not axis:
@@ -139,103 +216,25 @@ def _select(code: SparseCode, k: int, axis: str) -> SparseCode:
   return code._replace(vals_NK=sharded.select(code.vals_NK, k=k, axis=axis))
 
 
+def fire(params: Params, code: SparseCode, /) -> SparseCode:
+  """The code with 0 for what is not above its latent's threshold."""
+  above_NK = code.vals_NK > params.theta_M[code.idx_NK]
+  return code._replace(vals_NK=jnp.where(above_NK, code.vals_NK, 0))
+
+
 def decode(
   params: Params, code: SparseCode, /, *, backend: str = 'auto', axis: str = ''
 ) -> jax.Array:
   """The rows x̂ that a code stands for."""
-  return _product(params, code, backend, axis) + params.b_dec_D
+  return product(params, code, backend, axis) + params.b_dec_D
 
 
-def _product(params, code, backend, axis) -> jax.Array:
+def product(
+  params: Params, code: SparseCode, backend: str, axis: str
+) -> jax.Array:
+  """W_decᵀ z, float32 [N, D]."""
   y_ND = ops.spmm(*code, params.w_dec_MD, backend=backend)
   return sharded.reduce(y_ND, axis) if axis else y_ND
-
-
-def losses(
-  params: Params,
-  x_ND: jax.Array,
-  dead_M: jax.Array,
-  variance: jax.Array,
-  /,
-  *,
-  config: SaeConfig,
-  auxk: float = 0.0,
-  multi_topk: float = 0.0,
-  backend: str = 'auto',
-  axis: str = '',
-) -> tuple[Losses, SparseCode]:
-  """The losses of a batch and its code.
-
-  fvu = Σ‖x - x̂‖² / variance, sums over the whole batch, so that every row
-  weighs the same; `auxk` weighs the error of the dead latents' prediction of
-  x - x̂, in the same unit; `multi_topk` weighs the fvu at 4 k.
-
-  Args:
-    params: of the SAE.
-    x_ND: rows, or one device's share of them.
-    dead_M: which latents are dead.
-    variance: Σ‖x - mean‖² of the whole batch. With it given, the losses of the
-      shares add up to those of the batch, and so do their gradients.
-    config: of the SAE.
-    auxk: weight of AuxK; 0 leaves it out.
-    multi_topk: weight of the fvu at 4 k; 0 leaves it out.
-    backend: of the kernels.
-    axis: of the devices over which latents are split, '' where they are not.
-      Every device of it has the whole losses, and its own latents' code.
-  """
-  k, wide = config.k, min(4 * config.k, config.latents)
-  where = {'backend': backend, 'axis': axis}
-  full = encode(params, x_ND, k=wide if multi_topk else k, **where)
-  code = _select(full, k, axis) if multi_topk else full
-  error_ND = x_ND - decode(params, code, **where)
-  fvu = jnp.sum(error_ND**2) / variance
-  aux = multi = jnp.zeros(())
-  if auxk:
-    aux = _auxk(params, x_ND, error_ND, dead_M, config.k_aux, **where)
-    aux = aux / variance
-  if multi_topk:
-    wide_ND = decode(params, full, **where)
-    multi = jnp.sum((x_ND - wide_ND) ** 2) / variance
-  total = fvu + auxk * aux + multi_topk * multi
-  return Losses(fvu, aux, multi, total), code
-
-
-def _auxk(params, x_ND, error_ND, dead_M, k_aux, backend, axis) -> jax.Array:
-  """Σ‖e - ê‖²: the k_aux dead latents strongest on a row predict its error e.
-
-  e = x - x̂ is a constant here, and so is b_dec: x̂ holds it already, so ê has
-  none. Only dead latents get a gradient. As long as no more than k_aux are
-  dead, all of them answer, and a dense product over those alone is enough.
-  """
-  e_ND = lax.stop_gradient(error_ND)
-  b_dec_D = lax.stop_gradient(params.b_dec_D)
-  b_M = params.b_enc_M - params.w_enc_MD @ b_dec_D
-
-  def all_alive():
-    return jnp.zeros(())
-
-  def few_dead():
-    size = min(k_aux, len(dead_M))
-    (at_A,) = jnp.nonzero(dead_M, size=size, fill_value=0)
-    used_A = jnp.arange(size) < jnp.sum(dead_M)
-    pre_NA = x_ND @ params.w_enc_MD[at_A].T + b_M[at_A]
-    z_NA = jnp.where(used_A, jnp.maximum(pre_NA, 0), 0)
-    e_hat_ND = z_NA @ params.w_dec_MD[at_A]
-    if axis:
-      e_hat_ND = sharded.reduce(e_hat_ND, axis)
-    return jnp.sum((e_ND - e_hat_ND) ** 2)
-
-  def many_dead():
-    masked_M = jnp.where(dead_M, b_M, -jnp.inf)  # the living cannot win
-    code = _top(params, x_ND, masked_M, k_aux, backend, axis)
-    e_hat_ND = _product(params, code, backend, axis)
-    return jnp.sum((e_ND - e_hat_ND) ** 2)
-
-  count = jnp.sum(dead_M)
-  if axis:
-    count = lax.psum(count, axis)
-  case = jnp.int32(count > 0) + jnp.int32(count > k_aux)
-  return lax.switch(case, (all_alive, few_dead, many_dead))
 
 
 def normalise(params: Params) -> Params:
@@ -248,10 +247,12 @@ def normalise(params: Params) -> Params:
 def rescale(params: Params, scale: jax.Array) -> Params:
   """The same SAE for rows that are `scale` times as long.
 
-  z and x̂ become `scale` times as large: only the biases change.
+  z and x̂ become `scale` times as large: only biases and thresholds change.
   """
   return params.replace(
-    b_enc_M=params.b_enc_M * scale, b_dec_D=params.b_dec_D * scale
+    b_enc_M=params.b_enc_M * scale,
+    b_dec_D=params.b_dec_D * scale,
+    theta_M=params.theta_M * scale,
   )
 
 

@@ -18,9 +18,13 @@ import optax
 from lmm_sae.core import tokens
 from lmm_sae.kernels import ops, reference
 from lmm_sae.sae import mesh as mesh_lib
+from lmm_sae.sae import losses as losses_lib
 from lmm_sae.sae import model
+from lmm_sae.sae.losses import Batch, Weights
 from lmm_sae.sae.model import Params, SaeConfig
 
+DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
+THETA_STEPS = 100  # over which BatchTopK's thresholds are averaged
 NEVER = 2**30  # idle counts stop there: int32 holds one more batch
 
 
@@ -42,6 +46,11 @@ class TrainConfig:
   max_skipped: int
   auxk: float
   multi_topk: float
+  sparsity: float
+  k_from: int
+  k_steps: int
+  compute: str
+  init: str
   kinds: tuple[str, ...]
   normalise: bool
   backend: str
@@ -62,6 +71,9 @@ class TrainConfig:
       ('max_skipped', 0),
       ('auxk', 0),
       ('multi_topk', 0),
+      ('sparsity', 0),
+      ('k_from', 0),
+      ('k_steps', 0),
       ('devices', 0),
       ('latent_shards', 1),
       ('save_every', 1),
@@ -84,6 +96,15 @@ class TrainConfig:
       raise ValueError(
         f'train.backend is {self.backend!r}; it is one of auto, '
         f'{", ".join(ops.BACKENDS)}'
+      )
+    if self.compute not in DTYPES:
+      raise ValueError(
+        f'train.compute is {self.compute!r}; it is one of {", ".join(DTYPES)}'
+      )
+    if bool(self.k_from) != bool(self.k_steps):
+      raise ValueError(
+        f'train.k_from is {self.k_from} and train.k_steps is {self.k_steps}: '
+        'k falls from the one within the other; set both, or none'
       )
     if not self.kinds:
       raise ValueError("train.kinds is empty; ('all',) trains on every kind")
@@ -123,20 +144,43 @@ def adam() -> optax.GradientTransformation:
 
 
 def start(
-  config: SaeConfig, rows_ND: np.ndarray, seed: int, *, normalise: bool
+  config: SaeConfig,
+  rows_ND: np.ndarray,
+  seed: int,
+  *,
+  normalise: bool,
+  given: Params | None = None,
 ) -> TrainState:
   """The state before the first step.
 
   b_dec is the geometric median of `rows_ND`, which should come from many
   samples. With `normalise`, rows are divided by the root mean square of a
   centred coordinate, so that one learning rate suits biases of every model;
-  `export_params` takes that out again.
+  `export_params` takes that out again. The thresholds of JumpReLU start where
+  k latents a row are above them.
+
+  Args:
+    config: of the SAE.
+    rows_ND: of the store.
+    seed: of the encoder.
+    normalise: see above.
+    given: an SAE to go on with, for rows as the store holds them; its
+      thresholds stay where it has some.
   """
   x_ND = jnp.asarray(rows_ND, jnp.float32)
   b_dec_D = model.geometric_median(x_ND)
   spread = jnp.sqrt(jnp.mean((x_ND - b_dec_D) ** 2))
   scale = 1 / jnp.maximum(spread, 1e-12) if normalise else jnp.ones(())
-  params = model.init(config, b_dec_D * scale, jax.random.key(seed))
+  if given is None:
+    params = model.init(config, b_dec_D * scale, jax.random.key(seed))
+  else:
+    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), given)
+    params = model.rescale(model.normalise(params), scale)
+  if config.activation == 'jumprelu':
+    code = model.encode(params, x_ND[:4096] * scale, k=config.k)
+    theta_M = jnp.full(config.latents, jnp.mean(code.vals_NK[:, -1]))
+    own = jnp.any(params.theta_M > 0)
+    params = params.replace(theta_M=jnp.where(own, params.theta_M, theta_M))
   return TrainState(
     step=jnp.zeros((), jnp.int32),
     params=params,
@@ -161,6 +205,7 @@ def specs() -> TrainState:
     b_enc_M=mesh_lib.LATENTS,
     w_dec_MD=mesh_lib.LATENTS,
     b_dec_D=mesh_lib.WHOLE,
+    theta_M=mesh_lib.LATENTS,
   )
   return TrainState(
     step=mesh_lib.WHOLE,
@@ -192,6 +237,15 @@ def learning_rate(
   return options.peak_lr(latents) * jnp.clip(jnp.minimum(warm, decay), 0, 1)
 
 
+def current_k(step: jax.Array, /, *, options: TrainConfig, k: int) -> jax.Array:
+  """k of the optimiser step `step`, counted from 0: from k_from down to k.
+
+  On a line over k_steps steps, so that early on every latent learns something.
+  """
+  left = jnp.clip(1 - step / options.k_steps, 0, 1)
+  return jnp.int32(jnp.ceil(k + (options.k_from - k) * left))
+
+
 def check(
   config: SaeConfig, options: TrainConfig, mesh: jax.sharding.Mesh
 ) -> None:
@@ -199,7 +253,7 @@ def check(
 
   Raises:
     ValueError: the rows do not divide over the devices and the pieces, or the
-      latents over those that share them.
+      latents over those that share them; or options that exclude one another.
   """
   shares = mesh.shape[mesh_lib.DATA]
   if options.rows % (shares * options.accumulate):
@@ -208,12 +262,27 @@ def check(
       f'evenly in {options.accumulate} piece(s): make it a multiple of '
       f'{shares * options.accumulate}'
     )
+  if options.k_from and not config.k <= options.k_from <= bound(config):
+    raise ValueError(
+      f'train.k_from is {options.k_from}; it must be in '
+      f'{config.k}..{bound(config)} (from sae.k), or 0'
+    )
+  if options.multi_topk and config.activation != 'topk':
+    raise ValueError(
+      f'train.multi_topk is {options.multi_topk}, but sae.activation is '
+      f'{config.activation}: it is for topk; set it to 0'
+    )
   parts = mesh.shape[mesh_lib.LATENT]
   if config.latents % parts:
     raise ValueError(
       f'sae.latents is {config.latents}, which {parts} devices cannot share '
       f'evenly (train.latent_shards): make it a multiple of {parts}'
     )
+
+
+def bound(config: SaeConfig) -> int:
+  """What k can fall from."""
+  return config.latents if config.activation == 'topk' else config.most
 
 
 def make_step(
@@ -237,6 +306,13 @@ def make_step(
 def _jitted(config: SaeConfig, options: TrainConfig, mesh: jax.sharding.Mesh):
   parts = mesh.shape[mesh_lib.LATENT]
   axis = mesh_lib.LATENT if parts > 1 else ''
+  shares = mesh.shape[mesh_lib.DATA]
+  rows_axis = mesh_lib.DATA if shares > 1 else ''  # XLA copies even for one
+  weights = Weights(
+    auxk=options.auxk,
+    multi_topk=options.multi_topk,
+    sparsity=options.sparsity if config.activation == 'jumprelu' else 0.0,
+  )
 
   def step(state: TrainState, x_ND: jax.Array):
     x_ND = x_ND.astype(jnp.float32) * state.scale
@@ -244,23 +320,38 @@ def _jitted(config: SaeConfig, options: TrainConfig, mesh: jax.sharding.Mesh):
     mean_D = whole(jnp.sum(x_ND, 0)) / options.rows
     variance = whole(jnp.sum((x_ND - mean_D) ** 2))
 
-    def loss(params, x_ND):
-      terms, code = model.losses(
+    batch = Batch(variance, options.rows, rows_axis, shares)
+
+    def loss(params, x_ND, k, wide):
+      terms, code = losses_lib.losses(
         params,
         x_ND,
         dead_M,
-        variance,
+        batch,
         config=config,
-        auxk=options.auxk,
-        multi_topk=options.multi_topk,
+        weights=weights,
+        k=k,
+        wide=wide,
+        dtype=DTYPES[options.compute],
         backend=options.backend,
         axis=axis,
       )
       return terms.total, (terms, count_fired(code, config.latents // parts))
 
-    def piece(x_ND):
-      grads, rest = jax.grad(loss, has_aux=True)(state.params, x_ND)
+    def piece(x_ND, k=0, wide=0):
+      grads, rest = jax.grad(loss, has_aux=True)(state.params, x_ND, k, wide)
       return grads, *rest
+
+    if options.k_from:
+      plain = piece
+
+      def piece(x_ND):
+        k = current_k(state.step, options=options, k=config.k)
+        return jax.lax.cond(
+          state.step < options.k_steps,
+          lambda: plain(x_ND, k, options.k_from),
+          lambda: plain(x_ND),
+        )
 
     if options.accumulate == 1:
       found = piece(x_ND)
@@ -280,7 +371,8 @@ def _jitted(config: SaeConfig, options: TrainConfig, mesh: jax.sharding.Mesh):
       grads.w_dec_MD, state.params.w_dec_MD, backend=options.backend
     )
     grads = grads.replace(w_dec_MD=w_dec_MD)
-    squares = sum(jnp.sum(g**2) for g in (grads.w_enc_MD, grads.b_enc_M))
+    own = (grads.w_enc_MD, grads.b_enc_M, grads.theta_M)
+    squares = sum(jnp.sum(g**2) for g in own)
     squares = over_latents(squares + jnp.sum(squares_M))
     norm = jnp.sqrt(squares + jnp.sum(grads.b_dec_D**2))
     good = jnp.isfinite(terms.total) & jnp.isfinite(norm)
@@ -293,6 +385,9 @@ def _jitted(config: SaeConfig, options: TrainConfig, mesh: jax.sharding.Mesh):
       rate=lr,
       good=good,
       backend=options.backend,
+    )
+    params = params.replace(
+      theta_M=_thresholds(config, state, params.theta_M, terms.theta, good)
     )
     idle_M = jnp.where(fired_M > 0, 0, state.idle_M + options.rows)
     idle_M = jnp.where(good, jnp.minimum(idle_M, NEVER), state.idle_M)
@@ -307,16 +402,20 @@ def _jitted(config: SaeConfig, options: TrainConfig, mesh: jax.sharding.Mesh):
       'fvu': terms.fvu,
       'auxk': terms.auxk,
       'multi': terms.multi,
+      'l0': terms.l0,
       'dead': over_latents(jnp.sum(dead_M)) / config.latents,
       'lr': lr,
       'grad_norm': norm,
       'skipped': state.skipped,
     }
+    if config.prefixes:
+      metrics['nested'] = terms.nested
+    if config.activation != 'topk':
+      metrics |= {'full': terms.full, 'sparsity': terms.sparsity}
     return state, metrics
 
   def whole(share):
-    alone = mesh.shape[mesh_lib.DATA] == 1  # XLA copies even then
-    return share if alone else jax.lax.psum(share, mesh_lib.DATA)
+    return jax.lax.psum(share, rows_axis) if rows_axis else share
 
   def over_latents(share):
     return jax.lax.psum(share, axis) if axis else share
@@ -352,6 +451,20 @@ def _adam(grads, params, opt_state, *, good, **rest):
   )
   count = jnp.where(good, count, opt_state.count)
   return params, optax.ScaleByAdamState(count, mu, nu)
+
+
+def _thresholds(config, state, theta_M, theta, good) -> jax.Array:
+  """What thresholds are after a step: see `sae.activations`.
+
+  JumpReLU's were changed by Adam and stay above 0; BatchTopK's is the mean of
+  the last steps', which early steps count for less and less.
+  """
+  if config.activation == 'jumprelu':
+    return jnp.maximum(theta_M, 0)
+  if config.activation == 'topk':
+    return theta_M
+  share = 1 / jnp.minimum(state.opt_state.count + 1, THETA_STEPS)
+  return jnp.where(good, theta_M + (theta - theta_M) * share, theta_M)
 
 
 def count_fired(code: model.SparseCode, latents: int) -> jax.Array:

@@ -93,7 +93,7 @@ def build(
     layer=layer,
     split=store.meta.split,
     latents=sae.config.latents,
-    k=sae.config.k,
+    k=sae.config.most,
     samples=samples[-1].sample + 1,
     images=0,
     grid=store.meta.grid,

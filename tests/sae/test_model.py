@@ -21,6 +21,7 @@ def random_params(seed=0) -> model.Params:
       b_enc_M=jnp.asarray(rng.normal(size=M), 'float32'),
       w_dec_MD=jnp.asarray(rng.normal(size=(M, D)), 'float32'),
       b_dec_D=jnp.asarray(rng.normal(size=D), 'float32'),
+      theta_M=jnp.zeros(M),
     )
   )
 
