@@ -180,9 +180,9 @@ def make_sae(path: pathlib.Path) -> None:
 
   eye_MD = np.eye(M, D, dtype=np.float32)
   config = model.SaeConfig(layer=LAYER, width=D, latents=M, k=K)
-  zeros = np.zeros(M, np.float32), np.zeros(D, np.float32)
+  zero_M, zero_D = np.zeros(M, np.float32), np.zeros(D, np.float32)
   checkpoint.export(
-    checkpoint.Sae(config, eye_MD, zeros[0], eye_MD, zeros[1]), path
+    checkpoint.Sae(config, eye_MD, zero_M, eye_MD, zero_D, zero_M), path
   )
 
 

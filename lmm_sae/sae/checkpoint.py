@@ -376,7 +376,7 @@ def _read(folder: pathlib.Path, name: str, layer: int | None) -> Sae:
     layer=cfg.get('layer', -1) if layer is None else layer,
     width=w_enc_MD.shape[1],
     latents=w_enc_MD.shape[0],
-    k=cfg.get('mean_k', cfg['k']),
+    k=cfg['k'] if kind == 'topk' else cfg.get('mean_k', cfg['k']),
     dead_after=cfg.get('dead_after', 10_000_000),
     activation=kind,
     row_k=0 if kind == 'topk' else cfg['k'],

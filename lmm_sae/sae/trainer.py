@@ -17,8 +17,8 @@ import optax
 
 from lmm_sae.core import tokens
 from lmm_sae.kernels import ops, reference
-from lmm_sae.sae import mesh as mesh_lib
 from lmm_sae.sae import losses as losses_lib
+from lmm_sae.sae import mesh as mesh_lib
 from lmm_sae.sae import model
 from lmm_sae.sae.losses import Batch, Weights
 from lmm_sae.sae.model import Params, SaeConfig

@@ -8,6 +8,7 @@ import numpy as np
 from lmm_sae.core.records import Sample
 from lmm_sae.core.store import ActivationStore, StoreMeta
 from lmm_sae.core.tokens import Kind
+from lmm_sae.sae.checkpoint import Sae
 from lmm_sae.sae.model import SaeConfig
 from lmm_sae.sae.trainer import TrainConfig
 
@@ -52,6 +53,20 @@ TRAIN = TrainConfig(
   block_rows=8,
   pool_blocks=4,
 )
+
+
+def random_sae(config: SaeConfig = CONFIG, seed: int = 0) -> Sae:
+  """An SAE that was never trained; with thresholds unless it is TopK."""
+  rng = np.random.default_rng(seed)
+  wide = config.latents, config.width
+  weights = [
+    rng.normal(size=shape).astype(np.float32)
+    for shape in (wide, wide[:1], wide, wide[1:])
+  ]
+  theta_M = rng.uniform(0.5, 2.5, wide[:1]).astype(np.float32)
+  if config.activation == 'topk':
+    theta_M[:] = 0
+  return Sae(config, *weights, theta_M)
 
 
 def rows(count: int, seed: int = 0) -> np.ndarray:

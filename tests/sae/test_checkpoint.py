@@ -25,18 +25,11 @@ def state():
 
 @pytest.fixture
 def sae() -> Sae:
-  rng = np.random.default_rng(0)
-  return Sae(
-    CONFIG,
-    *(
-      rng.normal(size=shape).astype(np.float32)
-      for shape in ((M, D), (M,), (M, D), (D,))
-    ),
-  )
+  return small.random_sae()
 
 
 def assert_equal(one: Sae, two: Sae, **tolerance):
-  for name in ('w_enc_MD', 'b_enc_M', 'w_dec_MD', 'b_dec_D'):
+  for name in ('w_enc_MD', 'b_enc_M', 'w_dec_MD', 'b_dec_D', 'theta_M'):
     np.testing.assert_allclose(
       getattr(one, name), getattr(two, name), **(tolerance or {'rtol': 0})
     )
@@ -87,7 +80,7 @@ def test_a_checkpoint_of_an_unknown_format_is_refused(
     made.save(state, Note(5, SETTINGS, DATA))
   with (
     Checkpoints(tmp_path) as checkpoints,
-    pytest.raises(ValueError, match=r'format_version 99.*reads 2'),
+    pytest.raises(ValueError, match=r'format_version 99.*reads 3'),
   ):
     checkpoints.note(5)
 

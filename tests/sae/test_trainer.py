@@ -66,7 +66,7 @@ def numpy_step(state, x_ND, options):
     if main:
       b_dec += dy.sum(0) - dz.sum(0) @ p.w_enc_MD
   w_dec -= (w_dec * p.w_dec_MD).sum(1, keepdims=True) * p.w_dec_MD
-  grads = model.Params(w_enc, b_enc, w_dec, b_dec)
+  grads = model.Params(w_enc, b_enc, w_dec, b_dec, np.zeros(M))
   norm = np.sqrt(sum(np.square(g).sum() for g in jax.tree.leaves(grads)))
   shrink = min(1, options.clip / norm)
   lr = options.lr / options.warmup

@@ -5,7 +5,7 @@ import pytest
 
 from lmm_sae.core.workdir import Workdir
 from lmm_sae.sae import checkpoint, trainer
-from lmm_sae.sae.checkpoint import Checkpoints, Note, Sae
+from lmm_sae.sae.checkpoint import Checkpoints, Note
 from lmm_sae.stages import convert, inspect
 from tests.sae import small
 from tests.sae.small import CONFIG, LAYER, D, M
@@ -25,9 +25,7 @@ def workdir(tmp_path) -> Workdir:
 @pytest.fixture
 def foreign(tmp_path):
   """The sparsify half of an SAE that was trained elsewhere."""
-  rng = np.random.default_rng(1)
-  shapes = ((M, D), (M,), (M, D), (D,))
-  sae = Sae(CONFIG, *(rng.normal(size=s).astype(np.float32) for s in shapes))
+  sae = small.random_sae(seed=1)
   checkpoint.export(sae, tmp_path / 'foreign')
   return tmp_path / 'foreign' / 'sparsify', sae
 

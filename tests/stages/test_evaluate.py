@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import numpy as np
@@ -7,21 +8,17 @@ from lmm_sae.core.store import ActivationStore
 from lmm_sae.core.tokens import Kind
 from lmm_sae.core.workdir import Workdir
 from lmm_sae.sae import checkpoint
-from lmm_sae.sae.checkpoint import Sae
 from lmm_sae.stages import evaluate
 from tests.sae import small
-from tests.sae.small import CONFIG, LAYER, D, M
+from tests.sae.small import CONFIG, LAYER
 
 
 @pytest.fixture
 def workdir(tmp_path) -> Workdir:
   """A store `b` and an SAE that was never trained."""
   small.write_store(tmp_path / 'acts' / 'b', seed=50)
-  rng = np.random.default_rng(0)
-  shapes = ((M, D), (M,), (M, D), (D,))
-  weights = [rng.normal(size=s).astype(np.float32) for s in shapes]
   workdir = Workdir.of(tmp_path)
-  checkpoint.export(Sae(CONFIG, *weights), workdir.export(LAYER))
+  checkpoint.export(small.random_sae(), workdir.export(LAYER))
   return workdir
 
 
@@ -78,11 +75,7 @@ def test_fewer_rows_are_spread_over_the_split(monkeypatch):
 
 
 def test_an_sae_of_another_width_is_refused(workdir, config):
-  rng = np.random.default_rng(0)
-  wide = Sae(
-    type(CONFIG)(layer=LAYER, width=7, latents=M, k=2),
-    *(rng.normal(size=s).astype('f4') for s in ((M, 7), (M,), (M, 7), (7,))),
-  )
+  wide = small.random_sae(dataclasses.replace(CONFIG, width=7))
   checkpoint.export(wide, workdir.export(LAYER))
   with pytest.raises(ValueError, match=r'rows of width 6.*reads 7'):
     evaluate.run(small.run_config(config), workdir)

@@ -62,6 +62,7 @@ def test_training_leaves_checkpoints_metrics_and_exports(trained):
     'fvu',
     'auxk',
     'multi',
+    'l0',
     'dead',
     'lr',
     'grad_norm',
