@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -112,3 +114,128 @@ def test_losses_of_shares_add_up_to_those_of_the_batch(x_ND):
   one, _ = losses(params, x_ND[:2], dead_M, batch=batch, **weights)
   two, _ = losses(params, x_ND[2:], dead_M, batch=batch, **weights)
   np.testing.assert_allclose(np.add(one, two), full, rtol=1e-5)
+
+
+BATCHTOPK = dataclasses.replace(CONFIG, activation='batchtopk')
+MATRYOSHKA = dataclasses.replace(CONFIG, prefixes=(2, 5))
+JUMPRELU = dataclasses.replace(CONFIG, activation='jumprelu', bandwidth=0.9)
+ALIVE_M = jnp.zeros(M, bool)
+
+
+def dense(params, x_ND, kept_NM, prefixes=()):
+  """The fvu, its mean over prefixes, by dense products; JAX differentiates."""
+  pre_NM = (x_ND - params.b_dec_D) @ params.w_enc_MD.T + params.b_enc_M
+  z_NM = jnp.where(kept_NM, jnp.maximum(pre_NM, 0), 0)
+  variance = whole(x_ND).variance
+  fvus = []
+  for edge in (*prefixes, M):
+    x_hat_ND = z_NM[:, :edge] @ params.w_dec_MD[:edge] + params.b_dec_D
+    fvus.append(jnp.sum((x_ND - x_hat_ND) ** 2) / variance)
+  return sum(fvus) / len(fvus)
+
+
+def assert_close(one, two):
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
+    one,
+    two,
+  )
+
+
+def kept_by(params, x_ND, config):
+  """Which latents fire on which rows, in float64."""
+  z_NM = oracle(params, x_ND, config.most)[0]
+  if config.activation == 'topk':
+    return z_NM > 0
+  if config.activation == 'jumprelu':
+    return z_NM > np.asarray(params.theta_M, np.float64)
+  return z_NM >= np.sort(z_NM, None)[-len(x_ND) * config.k]
+
+
+@pytest.mark.parametrize('config', [BATCHTOPK, MATRYOSHKA])
+def test_a_variant_has_the_loss_and_gradients_of_a_dense_one(x_ND, config):
+  params = random_params()
+  kept_NM = kept_by(params, x_ND, config)
+  got, grads = jax.value_and_grad(
+    lambda p: losses(p, x_ND, ALIVE_M, config)[0].total
+  )(params)
+  want, want_grads = jax.value_and_grad(dense)(
+    params, x_ND, kept_NM, config.prefixes
+  )
+  assert_close(got, want)
+  assert_close(grads, want_grads)
+  terms, code = losses(params, x_ND, ALIVE_M, config)
+  assert terms.l0 * N == kept_NM.sum() == np.sum(np.asarray(code.vals_NK) > 0)
+  assert terms.l0 == pytest.approx(config.k)
+
+
+def test_every_prefix_must_explain_the_rows_alone(x_ND):
+  terms, _ = losses(random_params(), x_ND, ALIVE_M, MATRYOSHKA)
+  assert terms.nested == terms.total
+  assert terms.nested != pytest.approx(float(terms.fvu), rel=0.01)
+  plain, _ = losses(random_params(), x_ND, ALIVE_M)
+  assert plain.fvu == pytest.approx(float(terms.fvu), rel=1e-5)
+
+
+def test_jumprelu_has_the_loss_and_gradients_of_a_dense_one(x_ND):
+  params = random_params()
+  theta_M = np.random.default_rng(4).uniform(0.5, 3, M).astype(np.float32)
+  params = params.replace(theta_M=jnp.asarray(theta_M))
+  config = dataclasses.replace(JUMPRELU, row_k=M)
+  kept_NM = kept_by(params, x_ND, config)
+  (got, terms), grads = jax.value_and_grad(
+    lambda p: (
+      (terms := losses(p, x_ND, ALIVE_M, config, sparsity=0.5)[0]).total,
+      terms,
+    ),
+    has_aux=True,
+  )(params)
+  fvu, want = jax.value_and_grad(dense)(params, x_ND, kept_NM)
+  l0 = kept_NM.sum() / N
+  assert l0 != config.k
+  assert_close(terms.l0, l0)
+  assert_close(got, fvu + 0.5 * (l0 / config.k - 1) ** 2)
+  assert_close(grads.replace(theta_M=None), want.replace(theta_M=None))
+  # Equations 11 and 12 of the paper, with a box of width ε about a threshold.
+  z_NM = oracle(params, x_ND, M)[0]
+  width = config.bandwidth * config.width**0.5
+  near_NM = (z_NM > 0) & (np.abs(z_NM - theta_M) < width / 2)
+  z_NM = np.where(kept_NM, z_NM, 0)
+  x = np.asarray(x_ND, np.float64)
+  slip_ND = x - z_NM @ np.asarray(params.w_dec_MD) - np.asarray(params.b_dec_D)
+  pull_NM = -2 * slip_ND @ np.asarray(params.w_dec_MD).T / whole(x_ND).variance
+  want_M = -(theta_M / width) * np.sum(near_NM * pull_NM, 0)
+  count_M = -np.sum(near_NM, 0) / width
+  want_M += 0.5 * 2 * (l0 / config.k - 1) / config.k * count_M / N
+  assert near_NM.any(0).sum() >= 3
+  assert_close(grads.theta_M, want_M)
+
+
+def test_a_row_full_of_latents_is_counted(x_ND):
+  config = dataclasses.replace(JUMPRELU, row_k=5)
+  params = random_params().replace(theta_M=jnp.full(M, 1.0))
+  above_N = np.sum(oracle(params, x_ND, M)[0] > 1, 1)
+  terms, code = losses(params, x_ND, ALIVE_M, config)
+  assert 0 < np.mean(above_N >= 5) < 1
+  assert terms.full == pytest.approx(np.mean(above_N >= 5))
+  assert code.vals_NK.shape == (N, 5)
+
+
+def test_products_in_bfloat16_leave_parameters_in_float32(x_ND):
+  params = random_params()
+
+  def total(params, dtype):
+    batch = whole(x_ND)
+    return losses_of(params, x_ND, ALIVE_M, batch, config=CONFIG, dtype=dtype)[
+      0
+    ].total
+
+  low, low_grads = jax.value_and_grad(total)(params, jnp.bfloat16)
+  full, grads = jax.value_and_grad(total)(params, jnp.float32)
+  assert low != full
+  assert low == pytest.approx(float(full), rel=0.02)
+  for a, b in zip(
+    jax.tree.leaves(low_grads), jax.tree.leaves(grads), strict=True
+  ):
+    assert a.dtype == jnp.float32
+    np.testing.assert_allclose(a, b, atol=0.03 * (np.abs(b).max() + 1e-6))
