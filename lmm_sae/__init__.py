@@ -1,7 +1,7 @@
 """Opens up a large multimodal model and lets a larger one explain it.
 
 capture   runs the subject once and stores its residual stream, token by token
-train     fits a TopK sparse autoencoder (SAE) to the stored rows
+train     fits a sparse autoencoder (SAE) to the stored rows
 evaluate  says how good the SAE is, by token kind
 index     finds, for every latent, the images and tokens that fire it
 explain   shows a larger LMM the masked exemplars and asks what they share

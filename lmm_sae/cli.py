@@ -56,7 +56,7 @@ STAGES = {
     "store the subject's residual stream, token by token",
     ('lmm', 'data', 'capture'),
   ),
-  'train': Stage('fit a TopK SAE to the stored rows', ('sae', 'train')),
+  'train': Stage('fit an SAE to the stored rows', ('sae', 'train')),
   'evaluate': Stage('say how good the SAE is, by token kind', ('evaluate',)),
   'index': Stage(
     'find the images and tokens that fire each latent', ('index',)
