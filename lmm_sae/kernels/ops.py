@@ -21,10 +21,11 @@ float32. Indices are int32 in [0, M) and may repeat within a row.
 
 Backends: `reference` runs anywhere and is the specification; `cpu` is the one
 for a CPU in XLA alone, `native` the faster one in C++, for which a compiler is
-needed. `auto` is `native` where JAX runs on a CPU and it can be built, `cpu` on
-other CPUs, `reference` on every other platform: the choice is made by machine
-alone, never by shape, and a shape that a backend cannot do raises
-NotImplementedError. `lmm-sae doctor` tells which it is and why.
+needed; `gpu` is for NVIDIA GPUs. `auto` is `native` where JAX runs on a CPU and
+it can be built, `cpu` on other CPUs, `gpu` on an NVIDIA GPU that it can use,
+`reference` on everything else: the choice is made by machine alone, never by
+shape, and a shape that a backend cannot do raises NotImplementedError.
+`lmm-sae doctor` tells which it is and why.
 """
 
 import functools
@@ -33,12 +34,13 @@ import types
 import jax
 import jax.numpy as jnp
 
-from lmm_sae.kernels import cpu, native, reference
+from lmm_sae.kernels import cpu, gpu, native, reference
 
 BACKENDS: dict[str, types.ModuleType] = {
   'reference': reference,
   'cpu': cpu,
   'native': native,
+  'gpu': gpu,
 }
 
 
@@ -49,9 +51,9 @@ def backend_name(backend: str) -> str:
     NotImplementedError: there is no such backend.
   """
   if backend == 'auto':
-    if jax.default_backend() != 'cpu':
-      return 'reference'
-    return 'cpu' if native.why_not() else 'native'
+    if jax.default_backend() == 'cpu':
+      return 'cpu' if native.why_not() else 'native'
+    return 'reference' if gpu.why_not() else 'gpu'
   if backend not in BACKENDS:
     raise NotImplementedError(
       f'kernel backend {backend!r} is not there: use '
@@ -190,7 +192,11 @@ def _encode_bwd(k, name, saved, grads):
   dv_NK = jnp.where(fired_NK, grads[0], 0)
   dx_ND = _spmm(dv_NK, i_NK, w_MD, name)
   dw_MD = _spmm_t(dv_NK, i_NK, x_ND, w_MD.shape[0], name)
-  db_M = jnp.zeros(b_M.shape, jnp.float32).at[i_NK].add(dv_NK)
+  if name == 'gpu':  # a scatter there adds in no fixed order
+    ones_N1 = jnp.ones((len(x_ND), 1))
+    db_M = _spmm_t(dv_NK, i_NK, ones_N1, len(b_M), name)[:, 0]
+  else:
+    db_M = jnp.zeros(b_M.shape, jnp.float32).at[i_NK].add(dv_NK)
   return _like(dx_ND, x_ND), _like(dw_MD, w_MD), _like(db_M, b_M)
 
 

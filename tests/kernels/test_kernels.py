@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from lmm_sae.kernels import cpu, native, ops, reference
+from lmm_sae.kernels import cpu, gpu, gpu_pallas, native, ops, reference
 
 N, D, M = 5, 6, 12
 TOLERANCE = {'float32': 2e-6, 'bfloat16': 2e-2}
@@ -16,6 +16,12 @@ HERE = sorted(ops.BACKENDS.keys() - ({'native'} if native.why_not() else {}))
 backends = pytest.mark.parametrize('backend', HERE)
 dtypes = pytest.mark.parametrize('dtype', sorted(TOLERANCE))
 ks = pytest.mark.parametrize('k', [1, 3, M])
+
+
+@pytest.fixture(autouse=True)
+def interpreted(monkeypatch):
+  """Pallas kernels for GPUs run on a CPU, step by step."""
+  monkeypatch.setattr(gpu_pallas, 'INTERPRET', True)
 
 
 def inputs(k, dtype='float32', rows=N, width=D, latents=M):
@@ -214,6 +220,14 @@ def test_auto_on_a_cpu_is_native_where_that_can_be_built(monkeypatch):
   assert ops.backend_name('auto') == 'native'
   monkeypatch.setattr(native, 'why_not', lambda: 'no compiler')
   assert ops.backend_name('auto') == 'cpu'
+
+
+def test_auto_on_a_gpu_is_gpu_where_that_can_run(monkeypatch):
+  monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+  monkeypatch.setattr(gpu, 'why_not', lambda: '')
+  assert ops.backend_name('auto') == 'gpu'
+  monkeypatch.setattr(gpu, 'why_not', lambda: 'it is old')
+  assert ops.backend_name('auto') == 'reference'
 
 
 def test_an_unknown_backend_names_the_flag():
