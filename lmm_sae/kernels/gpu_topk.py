@@ -27,6 +27,7 @@ MOST = 4096  # of k: twice as many maxima are in registers
 LEAST_GROUPS = 1024
 MOST_GROUPS = 8192
 SIGN = 0x7FFFFFFF  # every bit but the sign
+NAN = 0x7FC00000  # what every larger one becomes: a GPU makes 0x7FFFFFFF
 
 
 def groups(k: int) -> int:
@@ -101,7 +102,7 @@ def _kernel(pre_ref, b_ref, vals_ref, idx_ref, *, latents, k, size, most):
     z_G += triton.load(b_ref.at[at_G], mask=inside_G, other=0)
     z_G = jnp.where(z_G <= 0, 0.0, z_G)  # relu that keeps NaN, and no -0
     bits_G = lax.bitcast_convert_type(z_G, jnp.int32) & SIGN
-    return jnp.where(inside_G, bits_G, -1), at_G
+    return jnp.where(inside_G, jnp.minimum(bits_G, NAN), -1), at_G
 
   def largest(j, most_G):
     return jnp.maximum(most_G, bits(j)[0])
