@@ -84,7 +84,7 @@ def survivors(
     out,
     *(pre_NM, b_M),
     grid=(rows,),
-    warps=size // 256,
+    warps=max(1, min(16, size // 256)),
     flops=6 * rows * latents,
     moved=8 * rows * (latents + most),
   )
