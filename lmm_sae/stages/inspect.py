@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from lmm_sae.core.store import ActivationStore
 from lmm_sae.core.workdir import Workdir
-from lmm_sae.sae import checkpoint
+from lmm_sae.sae import checkpoint, exports
 from lmm_sae.sae.checkpoint import Checkpoints
 
 
@@ -70,7 +70,7 @@ def _sae(path: pathlib.Path) -> Iterator[str]:
       yield f'  {name}  {list(array.shape)} {array.dtype}'
   export = path / 'export'
   if export.is_dir():
-    sae = checkpoint.load(export)
+    sae = exports.load(export)
     yield f'sae/{path.name}/export  {size(export)}'
     yield (
       f'  {sae.config.width} -> {sae.config.latents} latents, '

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from lmm_sae.core import progress, records
 from lmm_sae.core.store import ActivationStore
 from lmm_sae.core.workdir import Workdir
-from lmm_sae.sae import checkpoint, data, metrics, trainer
+from lmm_sae.sae import data, exports, metrics, trainer
 from lmm_sae.sae import mesh as mesh_lib
 from lmm_sae.sae.checkpoint import Checkpoints, Note
 from lmm_sae.sae.model import SaeConfig
@@ -93,8 +93,8 @@ class Run:
       metrics.cut(self.log, self.config.layer, done or 0)
       if not done or done < self.options.steps:
         state = self.steps(state, batches, checkpoints, settings, done or 0)
-    sae = checkpoint.exported(self.config, state)
-    checkpoint.export(sae, self.export, step=self.options.steps)
+    sae = exports.of(self.config, state)
+    exports.write(sae, self.export, step=self.options.steps)
     logging.info('wrote %s', self.export)
 
   def settings(self) -> dict[str, Any]:

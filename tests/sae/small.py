@@ -8,7 +8,7 @@ import numpy as np
 from lmm_sae.core.records import Sample
 from lmm_sae.core.store import ActivationStore, StoreMeta
 from lmm_sae.core.tokens import Kind
-from lmm_sae.sae.checkpoint import Sae
+from lmm_sae.sae.exports import Sae
 from lmm_sae.sae.model import SaeConfig
 from lmm_sae.sae.trainer import TrainConfig
 

@@ -11,7 +11,7 @@ from experiments import base
 from lmm_sae.core import records
 from lmm_sae.core.store import ActivationStore
 from lmm_sae.core.workdir import Workdir
-from lmm_sae.sae import checkpoint
+from lmm_sae.sae import checkpoint, exports
 from lmm_sae.stages import train
 from tests.sae import small
 from tests.sae.small import LAYER
@@ -74,7 +74,7 @@ def test_training_leaves_checkpoints_metrics_and_exports(trained):
 
 
 def test_the_export_reconstructs_raw_rows(trained):
-  sae = checkpoint.load(trained.export(LAYER))
+  sae = exports.load(trained.export(LAYER))
   store = ActivationStore.open(trained.acts('train'))
   x_ND = store.read(LAYER, *store.ranges[0]).astype(np.float32)
   error = np.square(x_ND - sae.decode(sae.encode(x_ND))).sum()
@@ -248,7 +248,7 @@ def test_a_run_goes_on_with_other_devices(workdir, trained, root):
   )
   train.run(config, workdir)
   one, many = (
-    checkpoint.load(place.export(LAYER)) for place in (trained, workdir)
+    exports.load(place.export(LAYER)) for place in (trained, workdir)
   )
   np.testing.assert_allclose(many.w_enc_MD, one.w_enc_MD, atol=1e-4)
   np.testing.assert_allclose(many.w_dec_MD, one.w_dec_MD, atol=1e-4)
