@@ -7,7 +7,8 @@ import numpy as np
 from lmm_sae.sae import mesh as mesh_lib
 from lmm_sae.sae import trainer
 from lmm_sae.sae.model import Params, SaeConfig
-from lmm_sae.sae.trainer import TrainConfig, TrainState
+from lmm_sae.sae.options import TrainConfig
+from lmm_sae.sae.trainer import TrainState
 
 
 class Contender:

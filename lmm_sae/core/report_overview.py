@@ -227,7 +227,11 @@ def _facts(
       ', '.join(str(one.layer) for one in found),
       f'counted from 0; width {number(meta.width)}',
     ),
-    _fact('SAE', f'{number(first.latents)} latents', f'TopK, k = {first.k}'),
+    _fact(
+      'SAE',
+      f'{number(first.latents)} latents',
+      f'at most {first.k} fire on a token',
+    ),
   ]
   train = workdir.acts('train')
   if (train / 'meta.json').exists():

@@ -74,7 +74,7 @@ def _sae(path: pathlib.Path) -> Iterator[str]:
     yield f'sae/{path.name}/export  {size(export)}'
     yield (
       f'  {sae.config.width} -> {sae.config.latents} latents, '
-      f'k {sae.config.k}, float32'
+      f'{sae.config.activation}, k {sae.config.k}, float32'
     )
 
 

@@ -22,7 +22,8 @@ from lmm_sae.sae import data, exports, metrics, trainer
 from lmm_sae.sae import mesh as mesh_lib
 from lmm_sae.sae.checkpoint import Checkpoints, Note
 from lmm_sae.sae.model import SaeConfig
-from lmm_sae.sae.trainer import TrainConfig, TrainState
+from lmm_sae.sae.options import TrainConfig
+from lmm_sae.sae.trainer import TrainState
 
 START_ROWS = 2**14  # rows that b_dec and the scale start from
 # What may change on resuming.

@@ -47,6 +47,8 @@ def brute(sae, x_ND, edits, where_EN):
     act_NM = np.maximum(pre_NM, 0)
     order_NM = np.argsort(-act_NM, 1, kind='stable')
     np.put_along_axis(act_NM, order_NM[:, sae.k :], 0, 1)
+    if sae.theta_M is not None:
+      act_NM[act_NM <= sae.theta_M.numpy()] = 0
     return act_NM
 
   def decode(act_NM):
@@ -80,11 +82,14 @@ def x_ND() -> np.ndarray:
   return np.random.default_rng(0).normal(size=(N, D)).astype(np.float32)
 
 
+@pytest.mark.parametrize('jumps', [False, True])
 @pytest.mark.parametrize('k', [1, K, M])
 @pytest.mark.parametrize('places', ['all', 'own'])
 @pytest.mark.parametrize('name', SETS)
-def test_edits_do_what_their_definition_says(name, places, k, x_ND):
+def test_edits_do_what_their_definition_says(name, places, k, jumps, x_ND):
   sae, edits = random_sae(M, D, k), SETS[name]
+  if jumps:
+    sae = dataclasses.replace(sae, theta_M=torch.linspace(0.2, 2.2, M))
   where_EN = np.random.default_rng(1).random((len(edits), N)) < 0.5
   where_EN |= places == 'all'
   x = torch.from_numpy(x_ND)

@@ -1,5 +1,6 @@
 """The Torch SAE against its formula in numpy, and its reader."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -46,6 +47,17 @@ def test_encode_and_decode_follow_the_formula(x_ND, k):
   assert (np.diff(code.vals_NK.numpy(), axis=1) <= 0).all()
   want_ND = act_NM @ sae.w_dec_MD.numpy() + sae.b_dec_D.numpy()
   np.testing.assert_allclose(sae.decode(code), want_ND, atol=1e-5)
+
+
+def test_what_is_not_above_its_threshold_does_not_fire(x_ND):
+  sae = random_sae(M, D, 5)
+  theta_M = torch.linspace(0.1, 1.2, M)
+  want_NM = dense(sae, x_ND)
+  fewer_NM = np.where(want_NM > theta_M.numpy(), want_NM, 0)
+  assert 0 < (fewer_NM > 0).sum() < (want_NM > 0).sum()
+  jumps = dataclasses.replace(sae, theta_M=theta_M)
+  code = jumps.encode(torch.from_numpy(x_ND))
+  np.testing.assert_allclose(spread(code, M), fewer_NM, atol=1e-6)
 
 
 def test_ties_go_to_the_lower_index():
@@ -107,6 +119,19 @@ def test_a_folder_in_sparsify_layout_is_read(tmp_path, x_ND):
   assert (got.latents, got.width, got.k) == (M, D, K)
   assert torch.equal(got.w_dec_MD, half.float())
   assert torch.equal(got.w_enc_MD, sae.w_enc_MD)
+
+
+def test_thresholds_are_read(tmp_path, x_ND):
+  sae = random_sae(M, D, K)
+  theta_M = torch.linspace(0.1, 1.2, M)
+  folder = write(tmp_path / 'sae', sae, threshold=theta_M)
+  assert torch.equal(saes.load(folder).theta_M, theta_M)
+  with pytest.raises(ValueError, match=r'threshold \(13,\)'):
+    saes.load(write(tmp_path / 'wide', sae, threshold=torch.zeros(M + 1)))
+  folder = write(tmp_path / 'none', sae)
+  (folder / 'cfg.json').write_text('{"k": 3, "activation": "jumprelu"}')
+  with pytest.raises(ValueError, match='a jumprelu SAE has a threshold'):
+    saes.load(folder)
 
 
 def test_what_is_no_sae_is_refused(tmp_path):

@@ -10,7 +10,7 @@ from lmm_sae.core.store import ActivationStore, StoreMeta
 from lmm_sae.core.tokens import Kind
 from lmm_sae.sae.exports import Sae
 from lmm_sae.sae.model import SaeConfig
-from lmm_sae.sae.trainer import TrainConfig
+from lmm_sae.sae.options import TrainConfig
 
 LAYER, D, M, K = 4, 6, 12, 3
 SAMPLE = (

@@ -7,6 +7,7 @@ import pytest
 
 from lmm_sae.sae import mesh as mesh_lib
 from lmm_sae.sae import model, trainer
+from lmm_sae.sae.options import learning_rate
 from tests.sae import small
 from tests.sae.small import CONFIG, TRAIN, D, K, M
 
@@ -210,7 +211,7 @@ def test_the_learning_rate_warms_up_stays_and_falls_to_nothing():
     TRAIN, steps=100, warmup=10, decay_from=0.6, lr=2.0
   )
   lr = [
-    float(trainer.learning_rate(jnp.asarray(at), options=options, latents=M))
+    float(learning_rate(jnp.asarray(at), options=options, latents=M))
     for at in range(101)
   ]
   np.testing.assert_allclose(lr[:10], 0.2 * np.arange(1, 11), rtol=1e-6)

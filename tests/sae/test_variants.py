@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from lmm_sae.sae import exports, model, trainer
+from lmm_sae.sae import options as options_lib
 from tests.sae import small
 from tests.sae.small import CONFIG, TRAIN, K, M
 from tests.sae.test_trainer import FULL, N, begin
@@ -57,7 +58,7 @@ def test_many_devices_equal_one_while_k_falls():
 def test_k_falls_on_a_line_to_its_value():
   options = dataclasses.replace(TRAIN, k_from=11, k_steps=4)
   ks = [
-    int(trainer.current_k(jnp.asarray(at), options=options, k=K))
+    int(options_lib.current_k(jnp.asarray(at), options=options, k=K))
     for at in range(7)
   ]
   assert ks == [11, 9, 7, 5, 3, 3, 3]
