@@ -1,9 +1,11 @@
 """Checkpoints of a run, sae/<layer>/<step>/; no other module knows orbax.
 
-The TrainState is orbax's; beside it, as JSON, stand the run's settings and the
-data position.
+Under `state` lies the TrainState, under `data` the place in the rows at which
+each share goes on, both as orbax writes them, split over processes; the run's
+settings are JSON beside them.
 """
 
+import contextlib
 import dataclasses
 import logging
 import os
@@ -11,6 +13,7 @@ import pathlib
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from absl import logging as absl_logging
 from orbax.checkpoint import v1 as ocp
 
@@ -18,7 +21,10 @@ from lmm_sae.sae import trainer
 from lmm_sae.sae.model import SaeConfig
 from lmm_sae.sae.trainer import TrainState
 
-FORMAT_VERSION = 3  # 2 had no thresholds
+FORMAT_VERSION = 4  # 3 had the place in the rows in another form
+STATE, DATA, PLACES = 'state', 'data', 'places_S2'  # what a checkpoint holds
+
+_TORN = '.orbax-checkpoint-tmp'
 
 
 def _heard(record: logging.LogRecord) -> bool:
@@ -37,40 +43,51 @@ class Note:
   Attributes:
     step: optimiser steps done.
     settings: what the run was started with; a resumed run must have the same.
-    data: state of the batch iterator.
+    fvu: the mean over the steps since the checkpoint before; None where no
+      step was finite.
   """
 
   step: int
   settings: dict[str, Any]
-  data: Any
+  fvu: float | None = None
 
 
 class Checkpoints:
   """The checkpoints under sae/<layer>/, a context manager.
 
   A save is whole or absent: orbax writes into a temporary folder and renames
-  it. Only one process at a time may open them with `keep`.
+  it. Only one run at a time may open them with `keep`, all its processes at
+  once.
 
   Args:
     path: sae/<layer>.
     keep: checkpoints that stay; then what a killed save left behind is removed
       too, before the next save at the latest. None to read alone.
+    keep_best: checkpoints of the lowest FVU that stay beside them.
   """
 
-  def __init__(self, path: str | os.PathLike, keep: int | None = None):
-    policies = ocp.training.preservation_policies
+  def __init__(
+    self,
+    path: str | os.PathLike,
+    keep: int | None = None,
+    keep_best: int = 0,
+  ):
     self.path = pathlib.Path(path)
+    for torn in sorted(self.path.glob(f'*{_TORN}*')):
+      absl_logging.warning('%s is left out: a save that was killed', torn)
     self._checkpointer = ocp.training.Checkpointer(
       self.path,
-      preservation_policy=None if keep is None else policies.LatestN(keep),
+      preservation_policy=None if keep is None else _kept(keep, keep_best),
       cleanup_tmp_directories=keep is not None,
     )
 
   def __enter__(self) -> 'Checkpoints':
     return self
 
-  def __exit__(self, *_) -> None:
-    self._checkpointer.close()
+  def __exit__(self, kind, *_) -> None:
+    # A save of several processes may wait for one that is gone.
+    if kind is None or jax.process_count() == 1:
+      self._checkpointer.close()
 
   @property
   def latest(self) -> int | None:
@@ -82,25 +99,41 @@ class Checkpoints:
     """What the checkpoint of that step says.
 
     Raises:
-      ValueError: its format is not known.
+      ValueError: it is damaged, or its format is not known.
     """
-    found = dict(self._checkpointer.metadata(step).custom_metadata or {})
-    version = found.pop('format_version', None)
+    with self._whole(step):
+      found = self._checkpointer.metadata(step)
+      said = dict(found.custom_metadata or {})
+    if not said:
+      raise ValueError(self._damaged(step, 'it lacks its settings'))
+    version = said.pop('format_version', None)
     check_version(self.path / str(step), version, FORMAT_VERSION)
-    return Note(step=step, **found)
+    return Note(step=step, fvu=(found.metrics or {}).get('fvu'), **said)
 
-  def save(self, state: TrainState, note: Note) -> None:
-    """Writes a checkpoint and returns when it is on disk."""
-    self._checkpointer.save(
+  def save(self, state: TrainState, note: Note, places_S2: jax.Array) -> None:
+    """Begins to write a checkpoint; waits only for the one before.
+
+    The state may be given away at once: it is copied first.
+
+    Args:
+      state: of the run.
+      note: says which step it is.
+      places_S2: where the rows go on, see `data.batches`.
+    """
+    self._checkpointer.save_checkpointables_async(
       note.step,
-      state,
+      {STATE: state, DATA: {PLACES: places_S2}},
       force=True,
+      metrics=None if note.fvu is None else {'fvu': note.fvu},
       custom_metadata={
         'format_version': FORMAT_VERSION,
         'settings': note.settings,
-        'data': note.data,
       },
     )
+
+  def wait(self) -> None:
+    """Returns when what was saved is on disk."""
+    self._checkpointer.wait()
 
   def restore(
     self,
@@ -108,7 +141,11 @@ class Checkpoints:
     step: int,
     shardings: TrainState | None = None,
   ) -> TrainState:
-    """The state of that step, on one device or as a tree of shardings says."""
+    """The state of that step, on one device or as a tree of shardings says.
+
+    Raises:
+      ValueError: it is damaged.
+    """
     shapes = trainer.shapes(config)
     if shardings is None:
       one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -117,7 +154,56 @@ class Checkpoints:
     def leaf(x, sharding):
       return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
-    return self._checkpointer.load(step, jax.tree.map(leaf, shapes, shardings))
+    with self._whole(step):
+      return self._checkpointer.load(
+        step,
+        jax.tree.map(leaf, shapes, shardings),
+        checkpointable_name=STATE,
+      )
+
+  def places(
+    self, step: int, shares: int, sharding: jax.sharding.Sharding
+  ) -> jax.Array:
+    """Where the rows go on after that step, int32 [S, 2].
+
+    Raises:
+      ValueError: it is damaged.
+    """
+    leaf = jax.ShapeDtypeStruct((shares, 2), jnp.int32, sharding=sharding)
+    with self._whole(step):
+      return self._checkpointer.load(
+        step, {PLACES: leaf}, checkpointable_name=DATA
+      )[PLACES]
+
+  @contextlib.contextmanager
+  def _whole(self, step: int):
+    try:
+      yield
+    except (ValueError, OSError, KeyError) as error:
+      raise ValueError(self._damaged(step, error)) from error
+
+  def _damaged(self, step: int, why: Any) -> str:
+    before = [at for at in steps(self.path) if at < step]
+    then = f'on from step {before[-1]}' if before else 'from the start'
+    return (
+      f'the checkpoint {self.path / str(step)} is damaged ({why}): move it '
+      f'away, and the same command goes {then}'
+    )
+
+
+def _kept(keep: int, keep_best: int):
+  """Which checkpoints stay, for orbax."""
+  policies = ocp.training.preservation_policies
+  return policies.AnyPreservationPolicy(
+    [
+      policies.LatestN(keep),
+      policies.BestN(
+        get_metric_fn=lambda metrics: -metrics['fvu'],
+        n=keep_best,
+        keep_checkpoints_without_metrics=False,
+      ),
+    ]
+  )
 
 
 def steps(path: str | os.PathLike) -> list[int]:

@@ -65,7 +65,6 @@ def _sae(path: pathlib.Path) -> Iterator[str]:
     yield f'  settings of {steps[-1]}:'
     for name, value in note.settings.items():
       yield f'    {name} {json.dumps(value)}'
-    yield f'  data {json.dumps(note.data)}'
     for name, array in checkpoint.shapes(path, steps[-1]).items():
       yield f'  {name}  {list(array.shape)} {array.dtype}'
   export = path / 'export'

@@ -50,8 +50,10 @@ TRAIN = TrainConfig(
   latent_shards=1,
   save_every=5,
   keep=2,
+  keep_best=0,
   block_rows=8,
   pool_blocks=4,
+  data_shares=2,
 )
 
 

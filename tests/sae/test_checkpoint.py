@@ -1,4 +1,7 @@
+import shutil
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -8,7 +11,7 @@ from tests.sae import small
 from tests.sae.small import CONFIG, D, M
 
 SETTINGS = {'sae': {'k': 3}, 'seed': 0}
-DATA = {'parent': {'next_index': 2}, 'batch_idx': 7}
+PLACES_S2 = np.array([[2, 7], [1, 30]], np.int32)
 
 
 @pytest.fixture(scope='module')
@@ -16,14 +19,25 @@ def state():
   return trainer.start(CONFIG, small.rows(50), 0, normalise=True)
 
 
+def one_device():
+  return jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+
+def save(checkpoints, state, step, fvu=None):
+  places_S2 = jax.device_put(PLACES_S2, one_device())
+  checkpoints.save(state, Note(step, SETTINGS, fvu), places_S2)
+
+
 def test_a_state_comes_back_bit_for_bit(tmp_path, state):
   with Checkpoints(tmp_path, keep=2) as checkpoints:
     assert checkpoints.latest is None
-    checkpoints.save(state, Note(5, SETTINGS, DATA))
+    save(checkpoints, state, 5, 0.25)
   with Checkpoints(tmp_path) as checkpoints:
     assert checkpoints.latest == 5
-    assert checkpoints.note(5) == Note(5, SETTINGS, DATA)
+    assert checkpoints.note(5) == Note(5, SETTINGS, 0.25)
     back = checkpoints.restore(CONFIG, 5)
+    places_S2 = checkpoints.places(5, 2, one_device())
+  np.testing.assert_array_equal(places_S2, PLACES_S2)
   jax.tree.map(np.testing.assert_array_equal, back, state)
   assert jax.tree.structure(back) == jax.tree.structure(state)
 
@@ -32,14 +46,66 @@ def test_only_the_last_checkpoints_are_kept(tmp_path, state):
   (tmp_path / 'export').mkdir()
   with Checkpoints(tmp_path, keep=2) as checkpoints:
     for step in (5, 10, 15):
-      checkpoints.save(state, Note(step, SETTINGS, DATA))
+      save(checkpoints, state, step)
   assert checkpoint.steps(tmp_path) == [10, 15]
   assert (tmp_path / 'export').is_dir()
 
 
+def test_the_best_checkpoint_is_kept_beside_the_last(tmp_path, state):
+  with Checkpoints(tmp_path, keep=2, keep_best=1) as checkpoints:
+    for step, fvu in ((5, 0.3), (10, 0.1), (15, None), (20, 0.2), (25, 0.4)):
+      save(checkpoints, state, step, fvu)
+  assert checkpoint.steps(tmp_path) == [10, 20, 25]
+  with Checkpoints(tmp_path, keep=2, keep_best=1) as checkpoints:
+    save(checkpoints, state, 30, 0.5)  # what was best is read from disk
+  assert checkpoint.steps(tmp_path) == [10, 25, 30]
+
+
+def test_what_is_saved_is_the_state_of_that_moment(tmp_path, state):
+  step = jax.jit(
+    lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0
+  )
+  moving = step(jax.tree.map(jnp.copy, state))
+  wanted = jax.tree.map(np.array, moving)
+  with Checkpoints(tmp_path, keep=2) as checkpoints:
+    save(checkpoints, moving, 5)
+    for _ in range(5):
+      moving = step(moving)
+  with Checkpoints(tmp_path) as checkpoints:
+    back = checkpoints.restore(CONFIG, 5)
+  jax.tree.map(np.testing.assert_array_equal, back, wanted)
+
+
+@pytest.mark.parametrize(
+  'lost',
+  ['_CHECKPOINT_METADATA', 'state/_METADATA', 'state/manifest.ocdbt', 'state'],
+)
+def test_a_damaged_checkpoint_is_an_error_that_says_what_to_do(
+  tmp_path, state, lost
+):
+  with Checkpoints(tmp_path, keep=2) as checkpoints:
+    save(checkpoints, state, 5)
+    save(checkpoints, state, 10)
+  path = tmp_path / '10' / lost
+  if path.is_dir():
+    shutil.rmtree(path)
+  else:
+    path.unlink()
+
+  def read():
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+      assert checkpoints.latest == 10
+      checkpoints.note(10)
+      checkpoints.restore(CONFIG, 10)
+
+  with pytest.raises(ValueError, match=r'10 is damaged.*from step 5'):
+    read()
+  assert checkpoint.steps(tmp_path) == [5, 10]
+
+
 def test_what_a_killed_save_left_is_no_checkpoint(tmp_path, state):
   with Checkpoints(tmp_path, keep=2) as checkpoints:
-    checkpoints.save(state, Note(5, SETTINGS, DATA))
+    save(checkpoints, state, 5)
   torn = tmp_path / '10.orbax-checkpoint-tmp'
   torn.mkdir()
   (torn / 'half').write_text('x')
@@ -48,7 +114,8 @@ def test_what_a_killed_save_left_is_no_checkpoint(tmp_path, state):
   assert torn.exists()
   with Checkpoints(tmp_path, keep=2) as checkpoints:
     assert checkpoints.latest == 5
-    checkpoints.save(state, Note(10, SETTINGS, DATA))  # waits for the cleaning
+    save(checkpoints, state, 10)
+    checkpoints.wait()
     assert checkpoints.latest == 10
   assert not torn.exists()
 
@@ -58,17 +125,17 @@ def test_a_checkpoint_of_an_unknown_format_is_refused(
 ):
   with monkeypatch.context() as patch, Checkpoints(tmp_path, keep=1) as made:
     patch.setattr(checkpoint, 'FORMAT_VERSION', 99)
-    made.save(state, Note(5, SETTINGS, DATA))
+    save(made, state, 5)
   with (
     Checkpoints(tmp_path) as checkpoints,
-    pytest.raises(ValueError, match=r'format_version 99.*reads 3'),
+    pytest.raises(ValueError, match=r'format_version 99.*reads 4'),
   ):
     checkpoints.note(5)
 
 
 def test_shapes_name_every_array(tmp_path, state):
   with Checkpoints(tmp_path, keep=1) as checkpoints:
-    checkpoints.save(state, Note(5, SETTINGS, DATA))
+    save(checkpoints, state, 5)
   shapes = checkpoint.shapes(tmp_path, 5)
   assert tuple(shapes['params.w_enc_MD'].shape) == (M, D)
   assert tuple(shapes['opt_state.mu.b_dec_D'].shape) == (D,)

@@ -1,5 +1,6 @@
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -18,7 +19,7 @@ def workdir(tmp_path) -> Workdir:
   state = trainer.start(CONFIG, small.rows(50), 0, normalise=True)
   settings = {'sae': dict(vars(CONFIG)), 'seed': 0}
   with Checkpoints(workdir.sae(LAYER), keep=1) as checkpoints:
-    checkpoints.save(state, Note(5, settings, {'batch_idx': 1}))
+    checkpoints.save(state, Note(5, settings), jnp.zeros((1, 2), jnp.int32))
   return workdir
 
 
@@ -101,7 +102,7 @@ def test_inspect_shows_stores_checkpoints_exports_and_files(
     'idle_M  [12] int32',
     f'"latents": {M}',
     f'sae/{LAYER}/export',
-    '6 -> 12 latents, k 3',
+    '6 -> 12 latents, topk, k 3',
     'metrics.jsonl  2 lines, 6 B',
   ):
     assert text in shown
