@@ -62,7 +62,7 @@ def get_config() -> ConfigDict:
         'k_from': 0,  # k of the first step, which falls to sae.k; 0: sae.k
         'k_steps': 0,  # optimiser steps within which it does
         'compute': 'float32',  # of products: float32, bfloat16; sums: float32
-        'init': '',  # SAE folder to go on from: a workdir's export, or another
+        'init': '',  # SAE folder to go on from, any layout; may hold {layer}
         'kinds': ('all',),  # token kinds trained on; BOS is never in `all`
         'normalise': True,  # train on rows of unit spread; exports are raw
         'backend': 'auto',  # kernels: auto, native, cpu, reference

@@ -1,4 +1,4 @@
-"""train: fits one TopK SAE to the stored rows of each layer.
+"""train: fits one SAE to the stored rows of each layer.
 
 Writes sae/<layer>/<step>/ (checkpoints), sae/<layer>/export/ (what every later
 stage reads) and metrics.jsonl. A killed run goes on from its last checkpoint
@@ -24,11 +24,11 @@ from lmm_sae.core import config as configs_lib
 from lmm_sae.core import prefetch, progress, records
 from lmm_sae.core.store import ActivationStore
 from lmm_sae.core.workdir import Workdir
-from lmm_sae.sae import data, exports, hosts, metrics, trainer
+from lmm_sae.sae import checkpoint, data, exports, hosts, metrics, trainer
 from lmm_sae.sae import mesh as mesh_lib
 from lmm_sae.sae.checkpoint import Checkpoints, Note
 from lmm_sae.sae.hosts import HostsConfig
-from lmm_sae.sae.model import SaeConfig
+from lmm_sae.sae.model import Params, SaeConfig
 from lmm_sae.sae.options import TrainConfig
 from lmm_sae.sae.trainer import TrainState
 
@@ -60,6 +60,8 @@ def run(config: ConfigDict, workdir: Workdir) -> None:
     data.check(options, mesh)
     for sae_config in configs:
       trainer.check(sae_config, options, mesh)
+      if not checkpoint.steps(workdir.sae(sae_config.layer)):
+        given(sae_config, options)
     hosts.same_folder(workdir.root)
     for sae_config in configs:
       Run(store, sae_config, options, config.seed, mesh, workdir).train()
@@ -76,6 +78,25 @@ def check_layer(store: ActivationStore, config: SaeConfig) -> None:
       f'layer {config.layer} is not in {store.path}, which holds '
       f'{store.meta.layers}: set lmm.layers and run `lmm-sae capture`'
     )
+
+
+def given(config: SaeConfig, options: TrainConfig) -> Params | None:
+  """The SAE that training goes on from, where `train.init` names one.
+
+  Raises:
+    ValueError: there is none, or it is of another width or size.
+  """
+  if not options.init:
+    return None
+  sae = exports.load(options.init.replace('{layer}', str(config.layer)))
+  if (sae.config.width, sae.config.latents) != (config.width, config.latents):
+    raise ValueError(
+      f'train.init={options.init} reads rows of width {sae.config.width} with '
+      f'{sae.config.latents} latents, but the rows of layer {config.layer} '
+      f'have width {config.width} and sae.latents is {config.latents}: name '
+      'another SAE, or set sae.latents to its number'
+    )
+  return sae.params
 
 
 class Run:
@@ -176,6 +197,7 @@ class Run:
       self.rows.sample(START_ROWS, self.seed),
       self.seed,
       normalise=self.options.normalise,
+      given=given(self.config, self.options),
     )
     return mesh_lib.put(state, shardings), None
 
