@@ -62,16 +62,23 @@ def get_config() -> ConfigDict:
         'k_from': 0,  # k of the first step, which falls to sae.k; 0: sae.k
         'k_steps': 0,  # optimiser steps within which it does
         'compute': 'float32',  # of products: float32, bfloat16; sums: float32
-        'init': '',  # SAE folder to go on from: a workdir's export, or another
+        'init': '',  # SAE folder to go on from, any layout; may hold {layer}
         'kinds': ('all',),  # token kinds trained on; BOS is never in `all`
         'normalise': True,  # train on rows of unit spread; exports are raw
         'backend': 'auto',  # kernels: auto, native, cpu, reference
         'devices': 1,  # that share the work of a step; 0: all
         'latent_shards': 1,  # of them, how many share the latents of an SAE
         'save_every': 250,  # steps between checkpoints
-        'keep': 2,  # checkpoints kept
+        'keep': 2,  # checkpoints kept: the last so many
+        'keep_best': 1,  # and those of the lowest FVU since the one before
         'block_rows': 256,  # rows a read; blocks of many samples are mixed
-        'pool_blocks': 64,  # blocks mixed with one another before batching
+        'pool_blocks': 256,  # blocks mixed with one another before batching
+        'data_shares': 8,  # independent parts of a batch: 1 a host or more
+      },
+      'hosts': {
+        'cluster': 'auto',  # auto (JAX_NUM_PROCESSES or SLURM), tpu, none
+        'join_s': 300,  # within which every process of a run must be there
+        'silent_s': 100,  # after which a process that is not heard is lost
       },
       'convert': {
         'source': '',  # SAE folder to import; '': export the checkpoints

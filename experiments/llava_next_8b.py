@@ -44,6 +44,8 @@ def get_config() -> ConfigDict:
   config.train.decay_from = 1000 / 24_000  # linear from the end of warm-up
   config.train.auxk = 1 / 32  # the paper's text; its command leaves it off
   config.train.save_every = 500
+  config.train.data_shares = 64  # of 1150 rows; a v5p of 64 chips has 16 hosts
+  config.train.pool_blocks = 512  # of as many samples: 1 GB
 
   config.evaluate.rows = 2_000_000
 

@@ -20,6 +20,8 @@ def get_config() -> ConfigDict:
   config.sae.latents = 256
   config.sae.k = 5
   config.train.steps = 800
+  config.train.pool_blocks = 64  # 2 samples a block
+  config.train.data_shares = 1  # one process
   config.sae.dead_after = 50_000  # of some 1.6 million rows seen
   config.sae.aux = 32
   config.steer.candidates = 3

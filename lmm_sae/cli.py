@@ -56,7 +56,7 @@ STAGES = {
     "store the subject's residual stream, token by token",
     ('lmm', 'data', 'capture'),
   ),
-  'train': Stage('fit an SAE to the stored rows', ('sae', 'train')),
+  'train': Stage('fit an SAE to the stored rows', ('sae', 'train', 'hosts')),
   'evaluate': Stage('say how good the SAE is, by token kind', ('evaluate',)),
   'index': Stage(
     'find the images and tokens that fire each latent', ('index',)
@@ -155,7 +155,7 @@ def _run(argv: list[str]) -> int:
     return 0
   if stage.writes:
     workdir.root.mkdir(parents=True, exist_ok=True)
-    if values.record:
+    if values.record and host.first():
       configs.save(config, workdir)
   _threads(name, config)
   importlib.import_module(f'lmm_sae.stages.{name}').run(config, workdir)

@@ -176,13 +176,13 @@ def make_store(
 
 def make_sae(path: pathlib.Path) -> None:
   """Exports the SAE that reads the activations off the residual."""
-  from lmm_sae.sae import checkpoint, model
+  from lmm_sae.sae import exports, model
 
   eye_MD = np.eye(M, D, dtype=np.float32)
   config = model.SaeConfig(layer=LAYER, width=D, latents=M, k=K)
   zero_M, zero_D = np.zeros(M, np.float32), np.zeros(D, np.float32)
-  checkpoint.export(
-    checkpoint.Sae(config, eye_MD, zero_M, eye_MD, zero_D, zero_M), path
+  exports.write(
+    exports.Sae(config, eye_MD, zero_M, eye_MD, zero_D, zero_M), path
   )
 
 

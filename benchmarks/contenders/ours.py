@@ -34,8 +34,10 @@ class Contender:
       latent_shards=1,
       save_every=1,
       keep=1,
+      keep_best=0,
       block_rows=1,
       pool_blocks=1,
+      data_shares=1,
     )
     init = np.load(job['init'])
     params = Params(

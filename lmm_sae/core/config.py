@@ -130,7 +130,8 @@ def prepare(config: ConfigDict, workdir: Workdir) -> None:
     return
   file = workdir.file(FILE)
   if not file.exists():
-    if any(root.iterdir()):
+    # Another process of this run may be writing it.
+    if any(path.name != f'{FILE}.part' for path in root.iterdir()):
       raise ValueError(
         f'{root} is not empty and no workdir (it has no {FILE}): '
         'name a new folder'

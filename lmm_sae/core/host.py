@@ -75,6 +75,17 @@ def cores() -> int:
   return os.cpu_count() or 1
 
 
+def first() -> bool:
+  """Whether no other process of this run comes before this one.
+
+  As JAX_PROCESS_ID, or SLURM inside srun, says; a process that neither knows of
+  is taken to be alone.
+  """
+  names = ('JAX_PROCESS_ID', 'SLURM_PROCID')
+  found = [os.environ[name] for name in names if name in os.environ]
+  return not found or found[0] == '0'
+
+
 def _git(*words: str) -> str:
   command = ['git', '-C', str(root()), *words]
   return subprocess.run(

@@ -301,11 +301,14 @@ class Appender:
     self._file.write(text.encode() + b'\n')
     self._file.flush()
 
+  def close(self) -> None:
+    self._file.close()
+
   def __enter__(self) -> 'Appender':
     return self
 
   def __exit__(self, *_) -> None:
-    self._file.close()
+    self.close()
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:

@@ -8,7 +8,7 @@ from lmm_sae.core import progress, truth
 from lmm_sae.core.records import Sample
 from lmm_sae.core.store import ActivationStore
 from lmm_sae.core.tokens import Kind
-from lmm_sae.sae.checkpoint import Sae
+from lmm_sae.sae.exports import Sae
 from lmm_sae.sae.model import SparseCode
 
 KEPT = 4096  # samples whose codes are kept in memory

@@ -2,22 +2,29 @@
 
     blocks   runs of rows of one committed group, read in one piece, since a
              random read of single rows is some thirty times slower
-    pools    many blocks from all over the store, their rows shuffled together
+    shares   every S-th block of the shuffled order each; a batch holds as many
+             rows of one share as of another
+    pools    many blocks of a share, from all over the store, their rows
+             shuffled together
     batches  pools cut to size; what is left of a pool opens the next batch
 
 A row of a kind that is not trained on (BOS, padding) leaves when its block is
-read. The order follows from the seed, every epoch has its own, and the
-iterator's state is a small JSON value from which it goes on exactly.
+read. The order follows from the seed, every epoch has its own. How many shares
+there are is a setting of the run: a process reads those that its devices hold,
+so batches are the same however many processes and devices share the work, and
+two numbers a share, its pool and the row in it, say where to go on exactly.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import grain
-import grain.experimental
+import jax
 import numpy as np
 
 from lmm_sae.core import tokens
 from lmm_sae.core.store import ActivationStore
+from lmm_sae.sae import mesh as mesh_lib
+from lmm_sae.sae.options import TrainConfig
 
 READ_ROWS = 2**18  # kinds read at a time while blocks are counted
 
@@ -94,28 +101,158 @@ class Rows:
     return np.concatenate(parts)
 
 
-def batches(
-  rows: Rows, *, batch: int, pool_blocks: int, seed: int
-) -> grain.DatasetIterator:
-  """An endless iterator over batches, bfloat16 [batch, D].
+class Share:
+  """The rows of one share, endless, from a place in it on.
 
-  Its `get_state` and `set_state` are what a checkpoint needs.
+  Attributes:
+    pool, row: the pool that is being read and the first row of it not yet read.
+  """
+
+  def __init__(self, pools: grain.MapDataset, pool: int = 0, row: int = 0):
+    self.pool = pool
+    self.row = row
+    # The pool after the one in use is read meanwhile.
+    ahead = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
+    self._pools = iter(pools[pool:].to_iter_dataset(ahead))
+    self._rows_ND: np.ndarray | None = None
+
+  def read(self, count: int) -> np.ndarray:
+    """The next `count` rows, bfloat16 [N, D]."""
+    parts = []
+    while count:
+      if self._rows_ND is None:
+        self._rows_ND = next(self._pools)
+      part_ND = self._rows_ND[self.row : self.row + count]
+      parts.append(part_ND)
+      count -= len(part_ND)
+      self.row += len(part_ND)
+      if self.row == len(self._rows_ND):
+        self.pool, self.row, self._rows_ND = self.pool + 1, 0, None
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def pools(
+  rows: Rows, *, share: int, shares: int, pool_blocks: int, seed: int
+) -> grain.MapDataset:
+  """The pools of a share, endless, bfloat16 [N, D] each.
+
+  Args:
+    rows: of the store.
+    share: which, of `shares`.
+    shares: how many there are.
+    pool_blocks: blocks in one pool of every share together.
+    seed: of the order.
   """
 
   def read(blocks, rng: np.random.Generator) -> np.ndarray:
     x_ND = np.concatenate([rows.read(block) for block in blocks])
     return take(x_ND, rng.permutation(len(x_ND)))
 
-  pools = (
-    grain.MapDataset.range(rows.blocks)
-    .seed(seed)
-    .shuffle()
-    .repeat(None)
-    .batch(pool_blocks, batch_fn=list)
+  order = grain.MapDataset.range(rows.blocks).seed(seed).shuffle().repeat(None)
+  return (
+    order[share::shares]
+    .batch(pool_blocks // shares, batch_fn=list)
     .random_map(read)
-    .to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1))
   )
-  return iter(grain.experimental.RebatchIterDataset(pools, batch))
+
+
+def batches(
+  rows: Rows,
+  options: TrainConfig,
+  seed: int,
+  mesh: jax.sharding.Mesh,
+  places_S2: jax.Array | None = None,
+) -> Iterator[tuple[jax.Array, jax.Array]]:
+  """Endless (batch, places after it), both on the mesh, split by share.
+
+  Args:
+    rows: of the store.
+    options: of the run.
+    seed: of the order.
+    mesh: where batches are wanted.
+    places_S2: the pool and the row at which each share goes on, int32 [S, 2],
+      as they came with the last batch; None to begin.
+
+  Yields:
+    A batch, bfloat16 [train.rows, D], on the devices, and the places.
+  """
+  count = options.data_shares
+  sharding = mesh_lib.sharding(mesh, mesh_lib.ROWS)
+  shares = {
+    share: Share(
+      pools(
+        rows,
+        share=share,
+        shares=count,
+        pool_blocks=options.pool_blocks,
+        seed=seed,
+      ),
+      *place,
+    )
+    for share, place in _begin(count, sharding, places_S2).items()
+  }
+  each = options.rows // count
+  while True:
+    read = {at: share.read(each) for at, share in shares.items()}
+    after = {
+      at: np.array([[share.pool, share.row]], np.int32)
+      for at, share in shares.items()
+    }
+    yield jax.block_until_ready(
+      (_whole(read, count, sharding), _whole(after, count, sharding))
+    )
+
+
+def check(options: TrainConfig, mesh: jax.sharding.Mesh) -> None:
+  """Refuses shares that batches, pools or devices cannot be made of.
+
+  Raises:
+    ValueError: one of them is no multiple of the other.
+  """
+  shares = options.data_shares
+  for field in ('rows', 'pool_blocks'):
+    if getattr(options, field) % shares:
+      raise ValueError(
+        f'train.{field} is {getattr(options, field)}, which the {shares} '
+        f'shares of train.data_shares do not divide: make it a multiple'
+      )
+  parts = mesh.shape[mesh_lib.DATA]
+  if shares % parts:
+    raise ValueError(
+      f'train.data_shares is {shares}, which {parts} devices (or groups of '
+      'train.latent_shards devices) cannot divide among them: make it a '
+      f'multiple of {parts}; runs that go on from one another have the same'
+    )
+
+
+def _begin(
+  count: int, sharding: jax.sharding.Sharding, places_S2: jax.Array | None
+) -> dict[int, tuple[int, int]]:
+  """{share: its pool and row} of the shares on this process's devices."""
+  if places_S2 is None:
+    held = sharding.addressable_devices_indices_map((count, 2)).values()
+    return {
+      share: (0, 0) for at in held for share in range(*at[0].indices(count))
+    }
+  return {
+    (shard.index[0].start or 0) + at: (int(pool), int(row))
+    for shard in places_S2.addressable_shards
+    for at, (pool, row) in enumerate(np.asarray(shard.data))
+  }
+
+
+def _whole(
+  parts: dict[int, np.ndarray], count: int, sharding: jax.sharding.Sharding
+) -> jax.Array:
+  """The array whose `count` equal parts lie where their devices want them."""
+  each, *tail = next(iter(parts.values())).shape
+
+  def of(index: tuple[slice, ...]) -> np.ndarray:
+    start, stop, _ = index[0].indices(count * each)
+    found = [parts[at] for at in range(start // each, stop // each)]
+    return found[0] if len(found) == 1 else np.concatenate(found)
+
+  return jax.make_array_from_callback((count * each, *tail), sharding, of)
 
 
 def take(x_ND: np.ndarray, at_N: np.ndarray, /) -> np.ndarray:

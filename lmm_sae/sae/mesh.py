@@ -7,6 +7,7 @@ which latents are: the parameters, the optimiser's moments and the counters.
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 DATA = 'data'
@@ -20,8 +21,12 @@ WHOLE = PartitionSpec()  # b_dec, step, metrics
 def make(devices: int = 1, latent: int = 1) -> Mesh:
   """A (data, latent) mesh over the first `devices` devices; 0: all of them.
 
+  Devices of one process stand together, so that latents are shared within a
+  process before they are shared over the network.
+
   Raises:
-    ValueError: there are fewer, or `latent` does not divide them.
+    ValueError: there are fewer, `latent` does not divide them, or some process
+      of several would have none.
   """
   found = jax.devices()
   if not 0 <= devices <= len(found):
@@ -30,6 +35,11 @@ def make(devices: int = 1, latent: int = 1) -> Mesh:
       f'{found[0].platform} device(s) are here: set it to 0..{len(found)}'
     )
   devices = devices or len(found)
+  if jax.process_count() > 1 and devices != len(found):
+    raise ValueError(
+      f'train.devices is {devices}, but the {jax.process_count()} processes of '
+      f'this run have {len(found)}: set it to 0, all of them'
+    )
   if latent < 1 or devices % latent:
     raise ValueError(
       f'train.latent_shards is {latent}, which does not divide the {devices} '
@@ -50,3 +60,15 @@ def sharding(mesh: Mesh, specs: Any) -> Any:
     specs,
     is_leaf=lambda x: isinstance(x, PartitionSpec),
   )
+
+
+def put(tree: Any, shardings: Any) -> Any:
+  """Arrays that every process has whole, laid on the mesh."""
+  if jax.process_count() == 1:
+    return jax.device_put(tree, shardings)
+
+  def lay(x, sharding: NamedSharding) -> jax.Array:
+    x = np.asarray(x)
+    return jax.make_array_from_callback(x.shape, sharding, lambda at: x[at])
+
+  return jax.tree.map(lay, tree, shardings)

@@ -41,8 +41,10 @@ class TrainConfig:
   latent_shards: int
   save_every: int
   keep: int
+  keep_best: int
   block_rows: int
   pool_blocks: int
+  data_shares: int
 
   def __post_init__(self):
     for field, least in (
@@ -62,7 +64,9 @@ class TrainConfig:
       ('save_every', 1),
       ('keep', 1),
       ('block_rows', 1),
+      ('keep_best', 0),
       ('pool_blocks', 1),
+      ('data_shares', 1),
     ):
       if getattr(self, field) < least:
         raise ValueError(

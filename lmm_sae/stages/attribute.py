@@ -42,7 +42,7 @@ from lmm_sae.core.remote import NextToken, SubjectClient
 from lmm_sae.core.store import ActivationStore
 from lmm_sae.core.workdir import Workdir
 from lmm_sae.kernels import ops
-from lmm_sae.sae import checkpoint
+from lmm_sae.sae import exports
 
 STUDIES = ('emotion', 'colour')  # asked first, in equal parts, where known
 PAD = 128  # rows are padded to a multiple, so that few shapes are compiled
@@ -204,7 +204,7 @@ class Bench:
       )
       for half, store in stores.items()
     }
-    pricer = Pricer(client, checkpoint.load(export), layer, opts.points)
+    pricer = Pricer(client, exports.load(export), layer, opts.points)
     names = _names(workdir, layer)
     return cls(layer, opts, client, stores, askers, index, names, pricer)
 

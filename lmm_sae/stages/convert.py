@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from lmm_sae.core.store import ActivationStore
 from lmm_sae.core.workdir import Workdir
-from lmm_sae.sae import checkpoint
+from lmm_sae.sae import checkpoint, exports
 from lmm_sae.sae.checkpoint import Checkpoints
 from lmm_sae.sae.model import SaeConfig
 
@@ -64,7 +64,7 @@ def bring(source: pathlib.Path, layer: int, workdir: Workdir) -> None:
     raise ValueError(
       f'{workdir.sae(layer)} holds a trained SAE: import into another workdir'
     )
-  sae = checkpoint.load(source, layer=layer)
+  sae = exports.load(source, layer=layer)
   acts = workdir.acts('train')
   if acts.exists():
     width = ActivationStore.open(acts, partial=True).meta.width
@@ -73,7 +73,7 @@ def bring(source: pathlib.Path, layer: int, workdir: Workdir) -> None:
         f'{source} reads rows of width {sae.config.width}; {acts} holds rows '
         f'of width {width}: it is an SAE of another model'
       )
-  checkpoint.export(sae, workdir.export(layer))
+  exports.write(sae, workdir.export(layer))
   logging.info('imported %s as %s', source, workdir.export(layer))
 
 
@@ -87,6 +87,6 @@ def write(layer: int, workdir: Workdir) -> None:
     note = checkpoints.note(steps[-1])
     config = SaeConfig(**note.settings['sae'])
     state = checkpoints.restore(config, note.step)
-  sae = checkpoint.exported(config, state)
-  checkpoint.export(sae, workdir.export(layer), step=note.step)
+  sae = exports.of(config, state)
+  exports.write(sae, workdir.export(layer), step=note.step)
   logging.info('step %d exported as %s', note.step, workdir.export(layer))

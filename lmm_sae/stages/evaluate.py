@@ -12,8 +12,8 @@ from ml_collections import ConfigDict
 from lmm_sae.core import progress, records
 from lmm_sae.core.store import ActivationStore
 from lmm_sae.core.workdir import Workdir
-from lmm_sae.sae import checkpoint
-from lmm_sae.sae.checkpoint import Sae
+from lmm_sae.sae import exports
+from lmm_sae.sae.exports import Sae
 from lmm_sae.sae.metrics import Quality
 
 READ_ROWS = 4096
@@ -39,7 +39,7 @@ def run(config: ConfigDict, workdir: Workdir) -> None:
   )
   table = {}
   for layer in config.lmm.layers:
-    sae = checkpoint.load(workdir.require(workdir.export(layer), 'train'))
+    sae = exports.load(workdir.require(workdir.export(layer), 'train'))
     table[str(layer)] = measure(store, layer, sae, opts.rows)
   records.write_json(workdir.file('evaluation.json'), table)
 

@@ -30,7 +30,7 @@ from lmm_sae.core.index import IndexMeta, read_meta
 from lmm_sae.core.records import Sample
 from lmm_sae.core.store import ActivationStore
 from lmm_sae.core.workdir import Workdir
-from lmm_sae.sae import checkpoint
+from lmm_sae.sae import exports
 from lmm_sae.sae.baseview import BaseView
 
 PART_SAMPLES = 256  # samples a part, unless that makes more than MAX_PARTS
@@ -65,7 +65,7 @@ def run(config: ConfigDict, workdir: Workdir) -> None:
   if {'a', 'b'} <= set(opts.splits):
     write_concepts(workdir, tuple(config.lmm.layers))
   for layer in config.lmm.layers:
-    sae = checkpoint.load(workdir.require(workdir.export(layer), 'train'))
+    sae = exports.load(workdir.require(workdir.export(layer), 'train'))
     for split in opts.splits:
       store = ActivationStore.open(
         workdir.require(workdir.acts(split), 'capture')
@@ -78,7 +78,7 @@ def build(
   store: ActivationStore,
   layer: int,
   opts: IndexConfig,
-  sae: checkpoint.Sae,
+  sae: exports.Sae,
 ) -> None:
   """Builds the index of one split at `path`, or what is left to do of it.
 
@@ -160,15 +160,13 @@ def _finished(path: pathlib.Path, meta: IndexMeta) -> bool:
   return found is not None
 
 
-def _hash(mark, sae: checkpoint.Sae) -> None:
+def _hash(mark, sae: exports.Sae) -> None:
   """Adds to the hash what decides which latents fire."""
   for array in (sae.w_enc_MD, sae.b_enc_M, sae.b_dec_D):
     mark.update(np.ascontiguousarray(array).tobytes())
 
 
-def _source(
-  store: ActivationStore, opts: IndexConfig, sae: checkpoint.Sae
-) -> str:
+def _source(store: ActivationStore, opts: IndexConfig, sae: exports.Sae) -> str:
   """What an index is made of, as a short text; equal text, equal index."""
   weights = hashlib.blake2b(digest_size=6)
   _hash(weights, sae)
@@ -227,7 +225,7 @@ def write_concepts(workdir: Workdir, layers: Sequence[int]) -> None:
     logging.info('index: masks and labels are not known; no concepts.json')
     return
   saes = {
-    layer: checkpoint.load(workdir.require(workdir.export(layer), 'train'))
+    layer: exports.load(workdir.require(workdir.export(layer), 'train'))
     for layer in layers
   }
   path = workdir.file(concepts.FILE)

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from lmm_sae.core.store import ActivationStore
 from lmm_sae.core.workdir import Workdir
-from lmm_sae.sae import checkpoint
+from lmm_sae.sae import checkpoint, exports
 from lmm_sae.sae.checkpoint import Checkpoints
 
 
@@ -65,16 +65,15 @@ def _sae(path: pathlib.Path) -> Iterator[str]:
     yield f'  settings of {steps[-1]}:'
     for name, value in note.settings.items():
       yield f'    {name} {json.dumps(value)}'
-    yield f'  data {json.dumps(note.data)}'
     for name, array in checkpoint.shapes(path, steps[-1]).items():
       yield f'  {name}  {list(array.shape)} {array.dtype}'
   export = path / 'export'
   if export.is_dir():
-    sae = checkpoint.load(export)
+    sae = exports.load(export)
     yield f'sae/{path.name}/export  {size(export)}'
     yield (
       f'  {sae.config.width} -> {sae.config.latents} latents, '
-      f'{sae.config.activation}, k {sae.config.k}, float32'
+      f'k {sae.config.k}, {sae.config.activation}, float32'
     )
 
 

@@ -32,7 +32,7 @@ from lmm_sae.core.records import Explanation, Score
 from lmm_sae.core.remote import SubjectClient
 from lmm_sae.core.store import ActivationStore
 from lmm_sae.core.workdir import Workdir
-from lmm_sae.sae import checkpoint
+from lmm_sae.sae import exports
 from lmm_sae.sae.baseview import BaseView
 
 FILE = 'scores.jsonl'
@@ -76,7 +76,7 @@ def run(config: ConfigDict, workdir: Workdir) -> None:
   with SubjectClient(server.url, server.token, server.timeout_s) as client:
     for layer in layers:
       index = workdir.require(workdir.index(layer, split), 'index')
-      sae = checkpoint.load(workdir.require(workdir.export(layer), 'train'))
+      sae = exports.load(workdir.require(workdir.export(layer), 'train'))
       view = BaseView(ActivationStore.open(workdir.acts(split)), layer, sae)
       bench = Bench(opts, seed, lit, LatentIndex.open(index), view, client)
       mine = [e for e in explained if e.layer == layer]

@@ -1,40 +1,48 @@
-"""train: fits one TopK SAE to the stored rows of each layer.
+"""train: fits one SAE to the stored rows of each layer.
 
 Writes sae/<layer>/<step>/ (checkpoints), sae/<layer>/export/ (what every later
 stage reads) and metrics.jsonl. A killed run goes on from its last checkpoint
 and ends with the same parameters, bit for bit.
 """
 
+import contextlib
 import dataclasses
+import functools
+import itertools
 import json
 import math
+import pathlib
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 from absl import logging
 from ml_collections import ConfigDict
 
-from lmm_sae.core import progress, records
+from lmm_sae.core import config as configs_lib
+from lmm_sae.core import prefetch, progress, records
 from lmm_sae.core.store import ActivationStore
 from lmm_sae.core.workdir import Workdir
-from lmm_sae.sae import checkpoint, data, metrics, trainer
+from lmm_sae.sae import checkpoint, data, exports, hosts, metrics, trainer
 from lmm_sae.sae import mesh as mesh_lib
 from lmm_sae.sae.checkpoint import Checkpoints, Note
-from lmm_sae.sae.model import SaeConfig
+from lmm_sae.sae.hosts import HostsConfig
+from lmm_sae.sae.model import Params, SaeConfig
 from lmm_sae.sae.options import TrainConfig
 from lmm_sae.sae.trainer import TrainState
 
 START_ROWS = 2**14  # rows that b_dec and the scale start from
+AHEAD = 2  # batches that are on the devices before they are asked for
 # What may change on resuming.
 FREE = (
   *('backend', 'devices', 'latent_shards', 'accumulate'),
-  *('save_every', 'keep', 'max_skipped'),
+  *('save_every', 'keep', 'keep_best', 'max_skipped'),
 )
 
 
 def run(config: ConfigDict, workdir: Workdir) -> None:
-  """Trains what is not trained yet."""
+  """Trains what is not trained yet, together with the run's other processes."""
   options = TrainConfig(**config.train)
   workdir.require(workdir.acts('train'), 'capture')
   store = ActivationStore.open(workdir.acts('train'))
@@ -42,11 +50,53 @@ def run(config: ConfigDict, workdir: Workdir) -> None:
     SaeConfig(layer=layer, width=store.meta.width, **config.sae)
     for layer in config.lmm.layers
   ]
-  mesh = mesh_lib.make(options.devices, options.latent_shards)
   for sae_config in configs:
-    trainer.check(sae_config, options, mesh)
-  for sae_config in configs:
-    Run(store, sae_config, options, config.seed, mesh, workdir).train()
+    check_layer(store, sae_config)
+  with hosts.joined(HostsConfig(**config.hosts)):
+    hosts.agree(
+      configs_lib.flat(config) | {'rows of the store': store.num_rows}
+    )
+    mesh = mesh_lib.make(options.devices, options.latent_shards)
+    data.check(options, mesh)
+    for sae_config in configs:
+      trainer.check(sae_config, options, mesh)
+      if not checkpoint.steps(workdir.sae(sae_config.layer)):
+        given(sae_config, options)
+    hosts.same_folder(workdir.root)
+    for sae_config in configs:
+      Run(store, sae_config, options, config.seed, mesh, workdir).train()
+
+
+def check_layer(store: ActivationStore, config: SaeConfig) -> None:
+  """Refuses a layer that was not captured.
+
+  Raises:
+    ValueError: naming those that were.
+  """
+  if config.layer not in store.meta.layers:
+    raise ValueError(
+      f'layer {config.layer} is not in {store.path}, which holds '
+      f'{store.meta.layers}: set lmm.layers and run `lmm-sae capture`'
+    )
+
+
+def given(config: SaeConfig, options: TrainConfig) -> Params | None:
+  """The SAE that training goes on from, where `train.init` names one.
+
+  Raises:
+    ValueError: there is none, or it is of another width or size.
+  """
+  if not options.init:
+    return None
+  sae = exports.load(options.init.replace('{layer}', str(config.layer)))
+  if (sae.config.width, sae.config.latents) != (config.width, config.latents):
+    raise ValueError(
+      f'train.init={options.init} reads rows of width {sae.config.width} with '
+      f'{sae.config.latents} latents, but the rows of layer {config.layer} '
+      f'have width {config.width} and sae.latents is {config.latents}: name '
+      'another SAE, or set sae.latents to its number'
+    )
+  return sae.params
 
 
 class Run:
@@ -61,11 +111,6 @@ class Run:
     mesh: jax.sharding.Mesh,
     workdir: Workdir,
   ):
-    if config.layer not in store.meta.layers:
-      raise ValueError(
-        f'layer {config.layer} is not in {store.path}, which holds '
-        f'{store.meta.layers}: set lmm.layers and run `lmm-sae capture`'
-      )
     self.store = store
     self.config = config
     self.options = options
@@ -82,21 +127,32 @@ class Run:
       ValueError: the checkpoints are of a run with other settings.
     """
     settings = self.settings()
-    with Checkpoints(self.path, self.options.keep) as checkpoints:
+    options = self.options
+    with Checkpoints(self.path, options.keep, options.keep_best) as checkpoints:
       done = checkpoints.latest
       note = None if done is None else checkpoints.note(done)
       if note is not None:
         check(note.settings, settings, self.path)
-        if done == self.options.steps and self.export.exists():
+        if done == options.steps and hosts.told(self.export.exists()):
           logging.info('layer %d is trained: nothing to do', self.config.layer)
           return
-      state, batches = self.begin(checkpoints, note)
-      metrics.cut(self.log, self.config.layer, done or 0)
-      if not done or done < self.options.steps:
-        state = self.steps(state, batches, checkpoints, settings, done or 0)
-    sae = checkpoint.exported(self.config, state)
-    checkpoint.export(sae, self.export, step=self.options.steps)
-    logging.info('wrote %s', self.export)
+      state, places_S2 = self.begin(checkpoints, note)
+      if hosts.first():
+        metrics.cut(self.log, self.config.layer, done or 0)
+      if not done or done < options.steps:
+        state = self.steps(state, places_S2, checkpoints, settings, done or 0)
+    self.write(state)
+
+  def write(self, state: TrainState) -> None:
+    """Exports the SAE of a state; the other processes wait for process 0."""
+    if jax.process_count() > 1:
+      state = hosts.fetch(state)
+    if hosts.first():
+      sae = exports.of(self.config, state)
+      exports.write(sae, self.export, step=self.options.steps)
+      logging.info('wrote %s', self.export)
+    if jax.process_count() > 1:
+      hosts.meet(f'exported {self.config.layer}')
 
   def settings(self) -> dict[str, Any]:
     """What a checkpoint must share with the run that goes on from it."""
@@ -109,41 +165,46 @@ class Run:
     }
     return json.loads(json.dumps(settings))
 
-  def begin(self, checkpoints: Checkpoints, note: Note | None):
-    """The state and the batches to go on with."""
-    rows = data.Rows(
+  @functools.cached_property
+  def rows(self) -> data.Rows:
+    """What is trained on."""
+    return data.Rows(
       self.store, self.config.layer, self.options.kinds, self.options.block_rows
     )
-    batches = data.batches(
-      rows,
-      batch=self.options.rows,
-      pool_blocks=self.options.pool_blocks,
-      seed=self.seed,
-    )
+
+  def begin(
+    self, checkpoints: Checkpoints, note: Note | None
+  ) -> tuple[TrainState, jax.Array | None]:
+    """The state to go on with, and where the rows go on."""
     shardings = mesh_lib.sharding(self.mesh, trainer.specs())
-    if note is None:
-      logging.info(
-        'layer %d: %d rows in %d blocks, %.2f epochs',
-        self.config.layer,
-        rows.count,
-        rows.blocks,
-        self.options.steps * self.options.rows / rows.count,
+    if note is not None:
+      logging.info('layer %d: on from step %d', self.config.layer, note.step)
+      rows = mesh_lib.sharding(self.mesh, mesh_lib.ROWS)
+      shares = self.options.data_shares
+      return (
+        checkpoints.restore(self.config, note.step, shardings),
+        checkpoints.places(note.step, shares, rows),
       )
-      state = trainer.start(
-        self.config,
-        rows.sample(START_ROWS, self.seed),
-        self.seed,
-        normalise=self.options.normalise,
-      )
-      return jax.device_put(state, shardings), batches
-    logging.info('layer %d: on from step %d', self.config.layer, note.step)
-    batches.set_state(note.data)
-    return checkpoints.restore(self.config, note.step, shardings), batches
+    logging.info(
+      'layer %d: %d rows in %d blocks, %.2f epochs',
+      self.config.layer,
+      self.rows.count,
+      self.rows.blocks,
+      self.options.steps * self.options.rows / self.rows.count,
+    )
+    state = trainer.start(
+      self.config,
+      self.rows.sample(START_ROWS, self.seed),
+      self.seed,
+      normalise=self.options.normalise,
+      given=given(self.config, self.options),
+    )
+    return mesh_lib.put(state, shardings), None
 
   def steps(
     self,
     state: TrainState,
-    batches,
+    places_S2: jax.Array | None,
     checkpoints: Checkpoints,
     settings: dict[str, Any],
     done: int,
@@ -151,26 +212,33 @@ class Run:
     """The optimiser steps from `done` to the last, with their checkpoints."""
     step = trainer.make_step(self.config, self.options, self.mesh)
     last = self.options.steps
-    with records.Appender(self.log) as out:
-      log = StepLog(out, self.config.layer, self.options)
-      batch_ND = self.put(next(batches))
-      for at in progress.track(range(done + 1, last + 1), what='steps'):
+    left = range(done + 1, last + 1)
+    with contextlib.ExitStack() as stack:
+      log = StepLog(self.log, self.config.layer, self.options)
+      stack.callback(log.close)
+      batches = stack.enter_context(
+        contextlib.closing(self.batches(places_S2, len(left)))
+      )
+      for at in progress.track(left, what='steps') if hosts.first() else left:
+        began = time.monotonic()
+        batch_ND, places_S2 = next(batches)
+        log.waited(time.monotonic() - began)
         state, numbers = step(state, batch_ND)
-        seen = (
-          batches.get_state()
-        )  # the batch fetched below is of the next step
-        if at < last:
-          began = time.monotonic()
-          batch_ND = self.put(next(batches))
-          log.waited(time.monotonic() - began)
         log.add(at, numbers)
         if at % self.options.save_every == 0 or at == last:
           log.flush()
-          checkpoints.save(state, Note(at, settings, seen))
+          note = Note(at, settings, log.mean_fvu())
+          checkpoints.save(state, note, places_S2)
     return state
 
-  def put(self, batch_ND) -> jax.Array:
-    return jax.device_put(batch_ND, mesh_lib.sharding(self.mesh, mesh_lib.ROWS))
+  def batches(
+    self, places_S2: jax.Array | None, count: int
+  ) -> Iterator[tuple[jax.Array, jax.Array]]:
+    """`count` batches on the devices, read and put there by another thread."""
+    batches = data.batches(
+      self.rows, self.options, self.seed, self.mesh, places_S2
+    )
+    return prefetch.prefetch(itertools.islice(batches, count), AHEAD)
 
 
 class StepLog:
@@ -178,12 +246,12 @@ class StepLog:
 
   Fetching the numbers of a step waits for it, so those of step n are fetched
   once step n + 1 is under way. `rows_per_s` is of the time between two fetches;
-  `input_wait_share` is the share of it spent fetching rows, which bounds from
-  above what a step waits for them: the step before is still running then.
+  `input_wait_share` is the share of it that this process's loop stood still for
+  want of a batch on its devices. Process 0 alone writes.
   """
 
-  def __init__(self, out: records.Appender, layer: int, options: TrainConfig):
-    self._out = out
+  def __init__(self, path: pathlib.Path, layer: int, options: TrainConfig):
+    self._out = records.Appender(path) if hosts.first() else None
     self._layer = layer
     self._rows = options.rows
     self._max_skipped = options.max_skipped
@@ -191,10 +259,21 @@ class StepLog:
     self._pending: tuple[int, dict] | None = None
     self._since = time.monotonic()
     self._wait_s = 0.0
+    self._fvus: list[float] = []
+
+  def close(self) -> None:
+    """Closes the file."""
+    if self._out is not None:
+      self._out.close()
 
   def waited(self, seconds: float) -> None:
-    """Counts time spent fetching rows."""
+    """Counts time in which there was no batch."""
     self._wait_s += seconds
+
+  def mean_fvu(self) -> float | None:
+    """Over the finite steps since this was last asked; None without one."""
+    found, self._fvus = self._fvus, []
+    return math.fsum(found) / len(found) if found else None
 
   def add(self, step: int, numbers: dict[str, jax.Array]) -> None:
     """Takes the numbers of a step that may still be running."""
@@ -216,16 +295,18 @@ class StepLog:
     finite = {k: x if math.isfinite(x) else None for k, x in numbers.items()}
     now = time.monotonic()
     gone = max(now - self._since, 1e-9)
-    self._out.add(
-      {
-        'layer': self._layer,
-        'step': step,
-        **finite,
-        'skipped': skipped,
-        'rows_per_s': round(self._rows / gone, 1),
-        'input_wait_share': round(min(self._wait_s / gone, 1.0), 4),
-      }
-    )
+    line = {
+      'layer': self._layer,
+      'step': step,
+      **finite,
+      'skipped': skipped,
+      'rows_per_s': round(self._rows / gone, 1),
+      'input_wait_share': round(min(self._wait_s / gone, 1.0), 4),
+    }
+    if self._out is not None:
+      self._out.add(line)
+    if finite['fvu'] is not None:
+      self._fvus.append(finite['fvu'])
     self._since, self._wait_s = now, 0.0
     if skipped > self._skipped:
       logging.warning('step %d skipped: something in it is not finite', step)

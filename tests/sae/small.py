@@ -8,7 +8,7 @@ import numpy as np
 from lmm_sae.core.records import Sample
 from lmm_sae.core.store import ActivationStore, StoreMeta
 from lmm_sae.core.tokens import Kind
-from lmm_sae.sae.checkpoint import Sae
+from lmm_sae.sae.exports import Sae
 from lmm_sae.sae.model import SaeConfig
 from lmm_sae.sae.options import TrainConfig
 
@@ -50,8 +50,10 @@ TRAIN = TrainConfig(
   latent_shards=1,
   save_every=5,
   keep=2,
+  keep_best=0,
   block_rows=8,
   pool_blocks=4,
+  data_shares=2,
 )
 
 

@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 
 import numpy as np
@@ -5,9 +6,9 @@ import pytest
 
 from lmm_sae.core.store import ActivationStore
 from lmm_sae.core.tokens import Kind
-from lmm_sae.sae import data
+from lmm_sae.sae import data, mesh
 from tests.sae import small
-from tests.sae.small import LAYER
+from tests.sae.small import LAYER, TRAIN
 
 PER_SAMPLE = len(small.SAMPLE)
 
@@ -22,8 +23,17 @@ def make(store, kinds=('all',), block_rows=8):
   return data.Rows(store, LAYER, kinds, block_rows)
 
 
+def stream(store_rows, seed=0, places_S2=None, devices=1, **options):
+  """(batch, places) as they come, on a mesh of (devices, 1)."""
+  options = dataclasses.replace(TRAIN, **options)
+  on = mesh.make(devices)
+  return data.batches(store_rows, options, seed, on, places_S2)
+
+
 def batches(rows, seed=0, batch=16, pool_blocks=4):
-  return data.batches(rows, batch=batch, pool_blocks=pool_blocks, seed=seed)
+  sizes = {'rows': batch, 'pool_blocks': pool_blocks, 'data_shares': 1}
+  found = stream(rows, seed, **sizes)
+  return (np.asarray(x_ND) for x_ND, _ in found)
 
 
 def all_rows(store, kinds):
@@ -116,17 +126,68 @@ def test_batches_follow_from_the_seed(store):
 @pytest.mark.parametrize('done', [0, 1, 5, 23])
 def test_batches_go_on_from_a_state(store, done):
   rows = make(store)
-  it = batches(rows)
+  it = stream(rows, data_shares=4, devices=4)
+  places_S2 = None
   for _ in range(done):
-    next(it)
-  state = it.get_state()
-  rest = [next(it) for _ in range(6)]
-  resumed = batches(rows)
-  resumed.set_state(state)
+    _, places_S2 = next(it)
+  rest = [np.asarray(next(it)[0]) for _ in range(6)]
+  resumed = stream(rows, places_S2=places_S2, data_shares=4, devices=4)
   for x_ND in rest:
+    again_ND = np.asarray(next(resumed)[0])
     np.testing.assert_array_equal(
-      next(resumed).view(np.uint16), x_ND.view(np.uint16)
+      again_ND.view(np.uint16), x_ND.view(np.uint16)
     )
+
+
+@pytest.mark.parametrize('devices', [2, 4])
+def test_batches_do_not_depend_on_the_devices(store, devices):
+  rows = make(store)
+  one = stream(rows, data_shares=4)
+  many = stream(rows, data_shares=4, devices=devices)
+  for (x_ND, x_S2), (y_ND, y_S2) in itertools.islice(
+    zip(one, many, strict=True), 30
+  ):
+    assert len(y_ND.sharding.device_set) == devices
+    np.testing.assert_array_equal(x_ND, y_ND)
+    np.testing.assert_array_equal(x_S2, y_S2)
+
+
+def test_shares_hold_every_row_of_an_epoch_once(store):
+  rows = make(store)
+  shares = [
+    data.Share(
+      data.pools(rows, share=share, shares=5, pool_blocks=rows.blocks, seed=0)
+    )
+    for share in range(5)
+  ]
+  assert rows.blocks % 5 == 0
+  read = []
+  for share in shares:
+    while share.pool == 0:
+      read += as_tuples(share.read(1))
+  wanted = [kind for kind in Kind if kind is not Kind.BOS]
+  assert sorted(read) == sorted(all_rows(store, wanted))
+
+
+def test_a_process_reads_the_blocks_of_its_own_shares_only(store, monkeypatch):
+  rows = make(store)
+  monkeypatch.setattr(data, '_begin', lambda *_: {1: (0, 0)})
+  monkeypatch.setattr(data, '_whole', lambda parts, *_: list(parts))
+  assert next(stream(rows, data_shares=4))[0] == [1]
+
+
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    ({'data_shares': 3}, r'train.rows is 16, which the 3 shares'),
+    ({'data_shares': 8}, r'train.pool_blocks is 4, which the 8 shares'),
+    ({'data_shares': 2}, r'data_shares is 2, which 4 devices.*multiple of 4'),
+  ],
+)
+def test_shares_that_do_not_divide_are_refused(changes, message):
+  options = dataclasses.replace(TRAIN, **changes)
+  with pytest.raises(ValueError, match=message):
+    data.check(options, mesh.make(4))
 
 
 def test_batches_have_the_size_asked_for_whatever_the_pools_hold(store):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from lmm_sae.sae import checkpoint
+from lmm_sae.sae import exports
 from tests.sae import small
 from tests.sae.small import CONFIG, K, M
 
@@ -20,14 +20,14 @@ CONFIGS = {
 
 
 @pytest.fixture(params=CONFIGS)
-def sae(request) -> checkpoint.Sae:
+def sae(request) -> exports.Sae:
   return small.random_sae(CONFIGS[request.param])
 
 
 @pytest.mark.parametrize('at', ['sparsify', 'saelens'])
 def test_thresholds_come_back_from_either_layout(tmp_path, sae, at):
-  checkpoint.export(sae, tmp_path / 'export')
-  back = checkpoint.load(tmp_path / 'export' / at)
+  exports.write(sae, tmp_path / 'export')
+  back = exports.load(tmp_path / 'export' / at)
   np.testing.assert_array_equal(back.theta_M, sae.theta_M)
   for field in ('activation', 'k', 'most', 'prefixes', 'latents', 'width'):
     assert getattr(back.config, field) == getattr(sae.config, field)
@@ -51,7 +51,7 @@ def test_latents_fire_above_their_threshold_as_the_formula_says(sae):
 
 
 def test_saelens_sees_a_jumprelu_sae(tmp_path, sae):
-  checkpoint.export(sae, tmp_path)
+  exports.write(sae, tmp_path)
   cfg = json.loads((tmp_path / 'saelens' / 'cfg.json').read_text())
   assert cfg['architecture'] == 'jumprelu'
   tensors = load_file(tmp_path / 'saelens' / 'sae_weights.safetensors')
@@ -59,19 +59,19 @@ def test_saelens_sees_a_jumprelu_sae(tmp_path, sae):
 
 
 def test_an_sae_of_this_kind_without_thresholds_is_refused(tmp_path, sae):
-  checkpoint.export(sae, tmp_path)
+  exports.write(sae, tmp_path)
   path = tmp_path / 'sparsify' / 'sae.safetensors'
   tensors = load_file(path)
   del tensors['threshold']
   save_file(tensors, path)
   with pytest.raises(ValueError, match='lacks threshold'):
-    checkpoint.load(tmp_path)
+    exports.load(tmp_path)
 
 
 def test_a_topk_sae_is_exported_without_thresholds(tmp_path):
-  checkpoint.export(small.random_sae(), tmp_path)
+  exports.write(small.random_sae(), tmp_path)
   tensors = load_file(tmp_path / 'sparsify' / 'sae.safetensors')
   assert 'threshold' not in tensors
-  back = checkpoint.load(tmp_path)
+  back = exports.load(tmp_path)
   assert back.config.most == K
   np.testing.assert_array_equal(back.theta_M, 0)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lmm_sae.sae import checkpoint, model, trainer
+from lmm_sae.sae import exports, model, trainer
 from lmm_sae.sae import options as options_lib
 from tests.sae import small
 from tests.sae.small import CONFIG, TRAIN, K, M
@@ -88,7 +88,7 @@ def test_every_variant_learns_and_fires_k_times_a_row(name):
     fvus.append(float(metrics['fvu']))
     l0s.append(float(metrics['l0']))
   assert np.mean(fvus[-40:]) < 0.6 * np.mean(fvus[:10])
-  sae = checkpoint.exported(config, state)
+  sae = exports.of(config, state)
   x_ND = small.rows(500, seed=7000)
   code = sae.encode(x_ND)
   l0 = np.mean(np.sum(code.vals_NK > 0, 1))
@@ -126,7 +126,7 @@ def test_training_goes_on_from_an_sae_that_is_given(normalise):
   sae = small.random_sae()
   x_ND = small.rows(200)
   state = trainer.start(CONFIG, x_ND, 0, normalise=normalise, given=sae.params)
-  back = checkpoint.exported(CONFIG, state)
+  back = exports.of(CONFIG, state)
   unit_MD = sae.w_dec_MD / np.linalg.norm(sae.w_dec_MD, axis=1, keepdims=True)
   np.testing.assert_allclose(back.w_enc_MD, sae.w_enc_MD, rtol=1e-5)
   np.testing.assert_allclose(back.w_dec_MD, unit_MD, rtol=1e-5)

@@ -9,14 +9,14 @@ from lmm_sae.core.causes import Priced
 from lmm_sae.core.mistakes import Answered, Rule
 from lmm_sae.core.records import Attribution, Turn
 from lmm_sae.core.tokens import Kind, TokenMap
-from lmm_sae.sae import checkpoint
+from lmm_sae.sae import exports
 from lmm_sae.stages import attribute
 from tests.stages import linear_subject as subject
 
 
 @pytest.fixture
 def attribute_config(config, monkeypatch):
-  monkeypatch.setattr(checkpoint, 'load', lambda _: subject.Sae())
+  monkeypatch.setattr(exports, 'load', lambda _: subject.Sae())
   config.lmm.layers = (subject.LAYER,)
   config.attribute.samples = 13
   config.attribute.top = 3

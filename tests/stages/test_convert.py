@@ -1,10 +1,11 @@
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from lmm_sae.core.workdir import Workdir
-from lmm_sae.sae import checkpoint, trainer
+from lmm_sae.sae import exports, trainer
 from lmm_sae.sae.checkpoint import Checkpoints, Note
 from lmm_sae.stages import convert, inspect
 from tests.sae import small
@@ -18,7 +19,7 @@ def workdir(tmp_path) -> Workdir:
   state = trainer.start(CONFIG, small.rows(50), 0, normalise=True)
   settings = {'sae': dict(vars(CONFIG)), 'seed': 0}
   with Checkpoints(workdir.sae(LAYER), keep=1) as checkpoints:
-    checkpoints.save(state, Note(5, settings, {'batch_idx': 1}))
+    checkpoints.save(state, Note(5, settings), jnp.zeros((1, 2), jnp.int32))
   return workdir
 
 
@@ -26,13 +27,13 @@ def workdir(tmp_path) -> Workdir:
 def foreign(tmp_path):
   """The sparsify half of an SAE that was trained elsewhere."""
   sae = small.random_sae(seed=1)
-  checkpoint.export(sae, tmp_path / 'foreign')
+  exports.write(sae, tmp_path / 'foreign')
   return tmp_path / 'foreign' / 'sparsify', sae
 
 
 def test_the_last_checkpoint_is_exported(workdir, config):
   convert.run(small.run_config(config), workdir)
-  sae = checkpoint.load(workdir.export(LAYER))
+  sae = exports.load(workdir.export(LAYER))
   with Checkpoints(workdir.sae(LAYER)) as checkpoints:
     state = checkpoints.restore(CONFIG, 5)
   want = trainer.export_params(state)
@@ -49,7 +50,7 @@ def test_a_foreign_sae_becomes_the_export_of_its_layer(
   source, sae = foreign
   workdir = Workdir.of(tmp_path / 'new')
   convert.run(small.run_config(config, convert__source=str(source)), workdir)
-  got = checkpoint.load(workdir.export(LAYER))
+  got = exports.load(workdir.export(LAYER))
   np.testing.assert_array_equal(got.w_dec_MD, sae.w_dec_MD)
   assert got.config.layer == LAYER
 
@@ -77,7 +78,7 @@ def test_an_import_needs_to_know_its_layer(tmp_path, config, foreign):
     convert.run(settings, Workdir.of(tmp_path / 'new'))
   settings.convert.layer = 6
   convert.run(settings, Workdir.of(tmp_path / 'new'))
-  assert checkpoint.load(tmp_path / 'new/sae/6').config.layer == 6
+  assert exports.load(tmp_path / 'new/sae/6').config.layer == 6
 
 
 def test_without_a_checkpoint_there_is_nothing_to_export(tmp_path, config):
@@ -101,7 +102,7 @@ def test_inspect_shows_stores_checkpoints_exports_and_files(
     'idle_M  [12] int32',
     f'"latents": {M}',
     f'sae/{LAYER}/export',
-    '6 -> 12 latents, k 3',
+    '6 -> 12 latents, topk, k 3',
     'metrics.jsonl  2 lines, 6 B',
   ):
     assert text in shown

@@ -7,7 +7,7 @@ import pytest
 from lmm_sae.core.store import ActivationStore
 from lmm_sae.core.tokens import Kind
 from lmm_sae.core.workdir import Workdir
-from lmm_sae.sae import checkpoint
+from lmm_sae.sae import exports
 from lmm_sae.stages import evaluate
 from tests.sae import small
 from tests.sae.small import CONFIG, LAYER
@@ -18,13 +18,13 @@ def workdir(tmp_path) -> Workdir:
   """A store `b` and an SAE that was never trained."""
   small.write_store(tmp_path / 'acts' / 'b', seed=50)
   workdir = Workdir.of(tmp_path)
-  checkpoint.export(small.random_sae(), workdir.export(LAYER))
+  exports.write(small.random_sae(), workdir.export(LAYER))
   return workdir
 
 
 def oracle(workdir, kinds):
   """fvu, l0, dead and rows by a dense computation in float64."""
-  sae = checkpoint.load(workdir.export(LAYER))
+  sae = exports.load(workdir.export(LAYER))
   store = ActivationStore.open(workdir.acts('b'))
   parts = [
     store.read(LAYER, *span).astype(np.float64)[
@@ -76,7 +76,7 @@ def test_fewer_rows_are_spread_over_the_split(monkeypatch):
 
 def test_an_sae_of_another_width_is_refused(workdir, config):
   wide = small.random_sae(dataclasses.replace(CONFIG, width=7))
-  checkpoint.export(wide, workdir.export(LAYER))
+  exports.write(wide, workdir.export(LAYER))
   with pytest.raises(ValueError, match=r'rows of width 6.*reads 7'):
     evaluate.run(small.run_config(config), workdir)
 

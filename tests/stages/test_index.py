@@ -177,5 +177,5 @@ def test_an_empty_split_is_refused(config, tmp_path):
       store,
       toy.LAYER,
       stage.IndexConfig(**config.index),
-      stage.checkpoint.load(workdir.export(toy.LAYER)),
+      stage.exports.load(workdir.export(toy.LAYER)),
     )
