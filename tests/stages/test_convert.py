@@ -102,7 +102,7 @@ def test_inspect_shows_stores_checkpoints_exports_and_files(
     'idle_M  [12] int32',
     f'"latents": {M}',
     f'sae/{LAYER}/export',
-    '6 -> 12 latents, topk, k 3',
+    '6 -> 12 latents, k 3, topk, float32',
     'metrics.jsonl  2 lines, 6 B',
   ):
     assert text in shown
