@@ -21,11 +21,12 @@ float32. Indices are int32 in [0, M) and may repeat within a row.
 
 Backends: `reference` runs anywhere and is the specification; `cpu` is the one
 for a CPU in XLA alone, `native` the faster one in C++, for which a compiler is
-needed; `gpu` is for NVIDIA GPUs. `auto` is `native` where JAX runs on a CPU and
-it can be built, `cpu` on other CPUs, `gpu` on an NVIDIA GPU that it can use,
-`reference` on everything else: the choice is made by machine alone, never by
-shape, and a shape that a backend cannot do raises NotImplementedError.
-`lmm-sae doctor` tells which it is and why.
+needed; `gpu` is for NVIDIA GPUs, `tpu` for the TensorCore of TPUs. `auto` is
+`native` where JAX runs on a CPU and it can be built, `cpu` on other CPUs, `gpu`
+on an NVIDIA GPU that it can use, `tpu` on a TPU, `reference` on everything
+else: the choice is made by machine alone, never by shape, and a shape that a
+backend cannot do raises NotImplementedError. `lmm-sae doctor` tells which it is
+and why.
 """
 
 import functools
@@ -34,13 +35,14 @@ import types
 import jax
 import jax.numpy as jnp
 
-from lmm_sae.kernels import cpu, gpu, native, reference
+from lmm_sae.kernels import cpu, gpu, native, reference, tpu
 
 BACKENDS: dict[str, types.ModuleType] = {
   'reference': reference,
   'cpu': cpu,
   'native': native,
   'gpu': gpu,
+  'tpu': tpu,
 }
 
 
@@ -53,6 +55,8 @@ def backend_name(backend: str) -> str:
   if backend == 'auto':
     if jax.default_backend() == 'cpu':
       return 'cpu' if native.why_not() else 'native'
+    if jax.default_backend() == 'tpu':
+      return 'tpu'
     return 'reference' if gpu.why_not() else 'gpu'
   if backend not in BACKENDS:
     raise NotImplementedError(

@@ -13,7 +13,11 @@ TOLERANCE = {'float32': 2e-6, 'bfloat16': 2e-2}
 
 HERE = sorted(ops.BACKENDS.keys() - ({'native'} if native.why_not() else {}))
 
-backends = pytest.mark.parametrize('backend', HERE)
+SLOW = 'tpu'  # as it is interpreted; test_tpu.py has the tests of every day
+backends = pytest.mark.parametrize(
+  'backend',
+  [pytest.param(x, marks=[pytest.mark.slow] * (x == SLOW)) for x in HERE],
+)
 dtypes = pytest.mark.parametrize('dtype', sorted(TOLERANCE))
 ks = pytest.mark.parametrize('k', [1, 3, M])
 
