@@ -1,4 +1,4 @@
-"""The functions of the family for a CPU in C++ (`native.cc`), through jax.ffi.
+"""The functions of the family for a CPU in C++ (`native*`), through jax.ffi.
 
 encode multiplies tile by tile and keeps the k largest of each row as the tiles
 are made, so [N, M] never exists, not even in part; the selection is exact. On a
@@ -85,7 +85,10 @@ def build() -> pathlib.Path:
       'g++), or name it in $CXX'
     )
   command = [*compiler, *FLAGS, '-isystem', jax.ffi.include_dir(), str(SOURCE)]
-  what = [SOURCE.read_text(), *command, jax.__version__, _processor()]
+  what = [
+    path.read_text() for path in sorted(SOURCE.parent.glob('native*.[ch]*'))
+  ]
+  what += [*command, jax.__version__, _processor()]
   what.append(_run([*compiler, '--version']))
   name = hashlib.sha256('\0'.join(what).encode()).hexdigest()[:16]
   path = _cache() / f'native-{name}.so'
@@ -166,7 +169,7 @@ def project(
 ) -> tuple[jax.Array, jax.Array]:
   """The gradient without its part along each row of w; sums of its squares."""
   out = (_f32(w_MD.shape), _f32(w_MD.shape[:1]))
-  return _call('lmm_sae_project', out, grad_MD, w_MD)
+  return _call('lmm_sae_project', out, grad_MD, w_MD, aliases={0: 0})
 
 
 def adam(
