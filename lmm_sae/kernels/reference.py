@@ -73,9 +73,14 @@ def adam(
   step_MD = (first_MD / fix1) / (jnp.sqrt(second_MD / fix2) + eps)
   new_MD = p_MD - rate * step_MD
   if unit:
-    norm_M = jnp.linalg.norm(new_MD, axis=-1, keepdims=True)
-    new_MD = new_MD / jnp.maximum(norm_M, 1e-12)
+    new_MD = unit_rows(new_MD)
   new = (new_MD, first_MD, second_MD)
   return jax.tree.map(
     lambda new, old: jnp.where(good > 0, new, old), new, state
   )
+
+
+def unit_rows(w_MD: jax.Array, /) -> jax.Array:
+  """The rows of unit norm."""
+  norm_M1 = jnp.linalg.norm(w_MD, axis=-1, keepdims=True)
+  return w_MD / jnp.maximum(norm_M1, 1e-12)

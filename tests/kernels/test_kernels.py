@@ -184,16 +184,30 @@ def test_no_gradient_flows_through_a_latent_that_did_not_fire(backend):
   np.testing.assert_array_equal(jax.grad(total)(b_M), want_M)
 
 
-@pytest.mark.parametrize('latents', [512, 517])
+@pytest.mark.parametrize('latents', [512, 517, 1031])
 @pytest.mark.parametrize('k', [1, 7])
-def test_the_group_filter_is_exact_with_ties_everywhere(latents, k):
+@pytest.mark.parametrize('spread', [6, 500, 10**6])
+def test_the_group_filter_is_exact_with_ties_and_without(latents, k, spread):
+  """Ties everywhere, which it leaves to lax.top_k; some; and hardly any."""
   rng = np.random.default_rng(2)
-  z_NM = jnp.asarray(rng.integers(0, 6, size=(40, latents)), 'float32')
-  assert k * cpu.GROUP * 2 <= latents  # the filter runs
-  want_vals_NK, want_idx_NK = jax.lax.top_k(z_NM, k)
-  vals_NK, idx_NK = cpu.top_k(z_NM, k)
-  np.testing.assert_array_equal(vals_NK, want_vals_NK)
-  np.testing.assert_array_equal(idx_NK, want_idx_NK)
+  dot_NM = rng.integers(-spread, spread, size=(40, latents)).astype('float32')
+  b_M = rng.integers(-3, 3, size=latents).astype('float32')
+  assert k * cpu.GROUP * 4 <= latents  # the filter runs
+  want = jax.lax.top_k(jnp.maximum(dot_NM + b_M, 0), k)
+  got = cpu.top_k(jnp.asarray(dot_NM), jnp.asarray(b_M), k=k)
+  np.testing.assert_array_equal(got[0], want[0])
+  np.testing.assert_array_equal(got[1], want[1])
+
+
+@pytest.mark.parametrize('bad', [np.nan, np.inf, -np.inf])
+def test_the_group_filter_leaves_odd_rows_to_xla(bad):
+  rng = np.random.default_rng(3)
+  dot_NM = rng.normal(size=(5, 448)).astype('float32')
+  dot_NM[2, 30] = dot_NM[3, 7:400] = bad
+  want = jax.lax.top_k(jnp.maximum(dot_NM, 0), 7)
+  got = cpu.top_k(jnp.asarray(dot_NM), jnp.zeros(448), k=7)
+  np.testing.assert_array_equal(got[0], want[0])
+  np.testing.assert_array_equal(got[1], want[1])
 
 
 @pytest.mark.parametrize('rows', [cpu.ROWS, cpu.ROWS + 3, 2 * cpu.ROWS])
