@@ -21,7 +21,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from lmm_sae.core import config as configs_lib
-from lmm_sae.core import prefetch, progress, records
+from lmm_sae.core import host, prefetch, progress, records
 from lmm_sae.core.store import ActivationStore
 from lmm_sae.core.workdir import Workdir
 from lmm_sae.sae import checkpoint, data, exports, hosts, metrics, trainer
@@ -57,6 +57,8 @@ def run(config: ConfigDict, workdir: Workdir) -> None:
       configs_lib.flat(config) | {'rows of the store': store.num_rows}
     )
     mesh = mesh_lib.make(options.devices, options.latent_shards)
+    if mesh.devices.flat[0].platform == 'cpu':
+      host.keep_freed_memory()
     data.check(options, mesh)
     for sae_config in configs:
       trainer.check(sae_config, options, mesh)
