@@ -5,6 +5,8 @@ import random
 import shutil
 import signal
 
+import jax
+import numpy as np
 import pytest
 
 from lmm_sae.core import records
@@ -91,9 +93,6 @@ def assert_same(path: pathlib.Path, whole: pathlib.Path) -> None:
 
 
 def tree_bytes(state) -> list[bytes]:
-  import jax
-  import numpy as np
-
   return [np.asarray(x).tobytes() for x in jax.tree.leaves(state)]
 
 
@@ -148,7 +147,7 @@ def test_a_torn_checkpoint_is_named_and_can_be_moved_away(
   workdir = Workdir.of(path)
   shutil.rmtree(workdir.export(LAYER))
   last = workdir.sae(LAYER) / '20'
-  largest = max(last.rglob('*'), key=lambda p: p.is_file() * p.stat().st_size)
+  largest = max(last.glob('state/**/d/*'), key=lambda p: p.stat().st_size)
   largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
   before = files(path)
   with pytest.raises(ValueError, match=r'4/20 is damaged.*on from step 15'):
