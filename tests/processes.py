@@ -9,8 +9,7 @@ import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from tests.conftest import ROOT
-
+ROOT = pathlib.Path(__file__).parents[1]
 DEADLINE_S = 120  # far more than any of these runs takes
 
 
@@ -29,6 +28,7 @@ def start(
   rank: int | None = None,
   of: tuple[int, int] | None = None,
   die: str = '',
+  module: str = 'lmm_sae',
 ) -> subprocess.Popen:
   """A process that runs `lmm-sae WORDS` on CPU devices.
 
@@ -39,6 +39,7 @@ def start(
     rank: which process of the run it is; None: it is alone.
     of: (how many processes, the port at which process 0 listens).
     die: when it kills itself, see `tests.killed`.
+    module: what runs instead, as `python -m MODULE WORDS`.
   """
   flags = re.sub(
     r'(device_count)=\d+', rf'\1={devices}', os.environ['XLA_FLAGS']
@@ -56,7 +57,7 @@ def start(
       'JAX_NUM_PROCESSES': str(count),
       'JAX_PROCESS_ID': str(rank),
     }
-  command = ['tests.killed', die] if die else ['lmm_sae']
+  command = ['tests.killed', die] if die else [module]
   return subprocess.Popen(
     [sys.executable, '-m', *command, *words],
     cwd=ROOT,
