@@ -153,13 +153,22 @@ def _join(options: HostsConfig, found: dict[str, Any]) -> None:
   deadline = threading.Timer(options.join_s, _missed, (options, found))
   deadline.daemon = True
   deadline.start()
-  jax.distributed.initialize(
-    initialization_timeout=options.join_s + PATIENCE_S,
-    heartbeat_timeout_seconds=options.silent_s,
-    shutdown_timeout_seconds=options.silent_s,
-    **found,
-  )
-  deadline.cancel()
+  try:
+    jax.distributed.initialize(
+      initialization_timeout=options.join_s + PATIENCE_S,
+      heartbeat_timeout_seconds=options.silent_s,
+      shutdown_timeout_seconds=options.silent_s,
+      **found,
+    )
+  except ValueError as error:
+    if found:
+      raise
+    raise ValueError(
+      f'hosts.cluster is {options.cluster}, but jax finds no TPU slice here '
+      f'({error}): set it to auto or none'
+    ) from error
+  finally:
+    deadline.cancel()
   if not first():
     logging.set_verbosity(logging.WARNING)
   logging.info(

@@ -244,3 +244,13 @@ def test_a_run_that_lacks_a_process_ends(words, cache, tmp_path):
   assert 'not all of 2 processes met at 127.0.0.1:' in done.err
   assert 'within hosts.join_s=1 seconds' in done.err
   assert not (tmp_path / 'sae').exists()
+
+
+def test_a_machine_without_a_tpu_is_no_host_of_a_slice(
+  words, cache, tmp_path, monkeypatch
+):
+  monkeypatch.setenv('TPU_SKIP_MDS_QUERY', '1')  # else jax asks the network
+  argv = words(tmp_path, '--config.hosts.cluster=tpu')
+  done = processes.run(argv, cache=cache)
+  assert done.code == 2, done.err
+  assert 'hosts.cluster is tpu, but jax finds no TPU slice here' in done.err
