@@ -150,6 +150,27 @@ def test_a_change_under_a_trained_sae_is_refused(run, config):
     configs.prepare(config, run)
 
 
+def test_a_change_under_checkpoints_is_refused(run, config):
+  config.train.lr = 0.5
+  run.file('sae/2/export').mkdir(parents=True)
+  configs.prepare(config, run)  # an imported SAE has no training behind it
+  run.file('sae/2/5.orbax-checkpoint-tmp').mkdir()
+  configs.prepare(config, run)  # nor has a save that was killed
+  run.file('sae/2/5').mkdir()
+  with pytest.raises(ValueError, match=r'train.lr=0.0, now it is 0.5.*/sae$'):
+    configs.prepare(config, run)
+
+
+def test_a_change_that_leaves_the_sae_as_it_is_is_taken(run, config):
+  run.file('sae/2/5').mkdir(parents=True)
+  config.train.save_every, config.train.devices = 7, 3
+  configs.prepare(config, run)
+
+
+def test_fields_that_may_change_exist(config):
+  assert {*configs.FREE} <= {*configs.flat(config)}
+
+
 def test_a_change_of_what_is_asked_later_is_taken(run, config):
   run.file('sae').mkdir()
   run.file('acts').mkdir()

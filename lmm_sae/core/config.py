@@ -31,7 +31,14 @@ FIXED = {
     'capture',
   ),
   'sae': (('seed', 'acts', 'lmm.layers', 'sae.'), 'train'),
+  'sae/*/*[0-9]': (('train.',), 'train'),  # checkpoints
 }
+# What a training that goes on may be told anew: the SAE comes out the same.
+FREE = (
+  *('train.backend', 'train.devices', 'train.latent_shards'),
+  *('train.accumulate', 'train.save_every', 'train.keep', 'train.keep_best'),
+  'train.max_skipped',
+)
 
 
 def load(path: str | pathlib.Path) -> ConfigDict:
@@ -139,15 +146,16 @@ def prepare(config: ConfigDict, workdir: Workdir) -> None:
     return
   before, now = flat(_from_json(file)), flat(config)
   for output, (names, stage) in FIXED.items():
-    if not (root / output).is_dir():
+    if not any(root.glob(output)):
       continue
     for field, old in before.items():
-      if not field.startswith(names) or field not in now:
+      if not field.startswith(names) or field in FREE or field not in now:
         continue
       if _plain(now[field]) != _plain(old):
         raise ValueError(
           f'{root} was made by `{stage}` with {field}={old!r}, now it is '
-          f'{now[field]!r}: use another --workdir, or remove {root / output}'
+          f'{now[field]!r}: use another --workdir, or remove '
+          f'{root / pathlib.Path(output).parts[0]}'
         )
 
 

@@ -82,10 +82,10 @@ def cores() -> int:
 def first() -> bool:
   """Whether no other process of this run comes before this one.
 
-  As JAX_PROCESS_ID, or SLURM inside srun, says; a process that neither knows of
-  is taken to be alone.
+  As JAX_PROCESS_ID, SLURM inside srun, or GKE on a TPU slice says; a process
+  that none of them knows of is taken to be alone.
   """
-  names = ('JAX_PROCESS_ID', 'SLURM_PROCID')
+  names = ('JAX_PROCESS_ID', 'SLURM_PROCID', 'TPU_WORKER_ID')
   found = [os.environ[name] for name in names if name in os.environ]
   return not found or found[0] == '0'
 

@@ -90,7 +90,13 @@ class Rows:
     return x_ND if kept_N.all() else take(x_ND, np.flatnonzero(kept_N))
 
   def sample(self, count: int, seed: int) -> np.ndarray:
-    """About `count` rows, a few from each of many blocks, bfloat16 [N, D]."""
+    """About `count` rows, a few from each of many blocks, bfloat16 [N, D].
+
+    Rows with NaN or Inf are left out: a step skips them, a start could not.
+
+    Raises:
+      ValueError: nothing is left.
+    """
     rng = np.random.default_rng(seed)
     chosen = rng.permutation(self.blocks)[:256]
     each = -(-count // len(chosen))
@@ -98,7 +104,14 @@ class Rows:
     for block in chosen:
       x_ND = self.read(block)
       parts.append(take(x_ND, rng.permutation(len(x_ND))[:each]))
-    return np.concatenate(parts)
+    x_ND = np.concatenate(parts)
+    finite_N = np.isfinite(x_ND.astype(np.float32)).all(1)
+    if not finite_N.any():
+      raise ValueError(
+        f'no row of layer {self._layer} in {self._store.path} is finite, of '
+        f'{len(x_ND)} that were looked at: capture it again'
+      )
+    return x_ND if finite_N.all() else take(x_ND, np.flatnonzero(finite_N))
 
 
 class Share:

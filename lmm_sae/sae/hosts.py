@@ -9,6 +9,11 @@ listens, comes from JAX_COORDINATOR_ADDRESS (host:port), JAX_NUM_PROCESSES and
 JAX_PROCESS_ID, from SLURM inside srun, or from a TPU pod. All of them hold the
 same mesh, read the same workdir and take the same decisions; process 0 alone
 writes logs, exports and the config, checkpoints are written by all.
+
+Where one ends before its time the others end too, with another exit code than 0
+and a message: at once where its connections break, within `silent_s` where it
+merely falls silent. Nothing is repaired on the way: the same command in every
+process goes on from the last checkpoint.
 """
 
 import contextlib
@@ -16,7 +21,9 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 import sys
+import threading
 import time
 import zlib
 from collections.abc import Iterator
@@ -29,6 +36,7 @@ from jax.experimental import multihost_utils
 
 VARIABLES = ('JAX_COORDINATOR_ADDRESS', 'JAX_NUM_PROCESSES', 'JAX_PROCESS_ID')
 LINGER_S = 3.0  # process 0 ends last: its end cuts the others' words short
+PATIENCE_S = 30  # jax's own deadline comes later, since it aborts the process
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,8 +123,23 @@ def _found(cluster: str, env) -> dict[str, Any] | None:
       int(env['SLURM_STEP_NUM_TASKS']),
       process_id=int(env['SLURM_PROCID']),
       cluster_detection_method='slurm',
+      **_devices(env),
     )
   return None
+
+
+def _devices(env) -> dict[str, Any]:
+  """Which GPUs of its node a task of SLURM takes, where jax must be told.
+
+  jax gives the task of local number i the GPU i. An empty list is every GPU
+  that the task sees: right where it is the only one on its node.
+  """
+  alone = re.fullmatch(
+    r'1(\(x\d+\))?', env.get('SLURM_STEP_TASKS_PER_NODE', '')
+  )
+  if alone and 'JAX_LOCAL_DEVICE_IDS' not in env:
+    return {'local_device_ids': []}
+  return {}
 
 
 def _several(count: int, **rest: Any) -> dict[str, Any] | None:
@@ -127,12 +150,25 @@ def _join(options: HostsConfig, found: dict[str, Any]) -> None:
   jax.config.update('jax_cpu_collectives_implementation', 'gloo')
   # Else SIGTERM, by which schedulers end a process, would be held back.
   jax.config.update('jax_enable_preemption_service', False)
-  jax.distributed.initialize(
-    initialization_timeout=options.join_s,
-    heartbeat_timeout_seconds=options.silent_s,
-    shutdown_timeout_seconds=options.silent_s,
-    **found,
-  )
+  deadline = threading.Timer(options.join_s, _missed, (options, found))
+  deadline.daemon = True
+  deadline.start()
+  try:
+    jax.distributed.initialize(
+      initialization_timeout=options.join_s + PATIENCE_S,
+      heartbeat_timeout_seconds=options.silent_s,
+      shutdown_timeout_seconds=options.silent_s,
+      **found,
+    )
+  except ValueError as error:
+    if found:
+      raise
+    raise ValueError(
+      f'hosts.cluster is {options.cluster}, but jax finds no TPU slice here '
+      f'({error}): set it to auto or none'
+    ) from error
+  finally:
+    deadline.cancel()
   if not first():
     logging.set_verbosity(logging.WARNING)
   logging.info(
@@ -141,6 +177,18 @@ def _join(options: HostsConfig, found: dict[str, Any]) -> None:
     jax.local_device_count(),
     jax.device_count(),
   )
+
+
+def _missed(options: HostsConfig, found: dict[str, Any]) -> None:
+  """Ends this process, since it waited for the others in vain."""
+  count = found.get('num_processes', 'the')
+  where = found.get('coordinator_address', 'process 0, see SLURM or the slice')
+  error = ValueError(
+    f'not all of {count} processes met at {where} within hosts.join_s='
+    f'{options.join_s} seconds: see the logs of the others, whether their '
+    'machines reach that address, or raise hosts.join_s'
+  )
+  _end(error, last=False)
 
 
 def _end(error: BaseException, *, last: bool) -> None:

@@ -34,11 +34,7 @@ from lmm_sae.sae.trainer import TrainState
 
 START_ROWS = 2**14  # rows that b_dec and the scale start from
 AHEAD = 2  # batches that are on the devices before they are asked for
-# What may change on resuming.
-FREE = (
-  *('backend', 'devices', 'latent_shards', 'accumulate'),
-  *('save_every', 'keep', 'keep_best', 'max_skipped'),
-)
+FREE = tuple(name.removeprefix('train.') for name in configs_lib.FREE)
 
 
 def run(config: ConfigDict, workdir: Workdir) -> None:
@@ -65,8 +61,14 @@ def run(config: ConfigDict, workdir: Workdir) -> None:
       if not checkpoint.steps(workdir.sae(sae_config.layer)):
         given(sae_config, options)
     hosts.same_folder(workdir.root)
-    for sae_config in configs:
-      Run(store, sae_config, options, config.seed, mesh, workdir).train()
+    runs = [
+      Run(store, sae_config, options, config.seed, mesh, workdir)
+      for sae_config in configs
+    ]
+    for each in runs:
+      each.check()
+    for each in runs:
+      each.train()
 
 
 def check_layer(store: ActivationStore, config: SaeConfig) -> None:
@@ -122,27 +124,32 @@ class Run:
     self.export = workdir.export(config.layer)
     self.log = workdir.file('metrics.jsonl')
 
-  def train(self) -> None:
-    """Does the steps that are left, and exports.
+  def check(self) -> None:
+    """Refuses to go on from what is no checkpoint of this run.
 
     Raises:
-      ValueError: the checkpoints are of a run with other settings.
+      ValueError: it is of other settings, or damaged.
     """
-    settings = self.settings()
+    if not checkpoint.steps(self.path):
+      return
+    with Checkpoints(self.path) as checkpoints:
+      note = checkpoints.note(checkpoints.latest)
+    check(note.settings, self.settings(), self.path)
+
+  def train(self) -> None:
+    """Does the steps that are left, and exports."""
     options = self.options
     with Checkpoints(self.path, options.keep, options.keep_best) as checkpoints:
       done = checkpoints.latest
       note = None if done is None else checkpoints.note(done)
-      if note is not None:
-        check(note.settings, settings, self.path)
-        if done == options.steps and hosts.told(self.export.exists()):
-          logging.info('layer %d is trained: nothing to do', self.config.layer)
-          return
+      if done == options.steps and hosts.told(self.export.exists()):
+        logging.info('layer %d is trained: nothing to do', self.config.layer)
+        return
       state, places_S2 = self.begin(checkpoints, note)
       if hosts.first():
         metrics.cut(self.log, self.config.layer, done or 0)
       if not done or done < options.steps:
-        state = self.steps(state, places_S2, checkpoints, settings, done or 0)
+        state = self.steps(state, places_S2, checkpoints, done or 0)
     self.write(state)
 
   def write(self, state: TrainState) -> None:
@@ -194,6 +201,13 @@ class Run:
       self.rows.blocks,
       self.options.steps * self.options.rows / self.rows.count,
     )
+    if hosts.first() and self.options.pool_blocks > self.rows.blocks:
+      logging.warning(
+        'train.pool_blocks is %d, more than the %d blocks of the store: a pool '
+        'holds rows of several epochs, and some more than once',
+        self.options.pool_blocks,
+        self.rows.blocks,
+      )
     state = trainer.start(
       self.config,
       self.rows.sample(START_ROWS, self.seed),
@@ -208,11 +222,11 @@ class Run:
     state: TrainState,
     places_S2: jax.Array | None,
     checkpoints: Checkpoints,
-    settings: dict[str, Any],
     done: int,
   ) -> TrainState:
     """The optimiser steps from `done` to the last, with their checkpoints."""
     step = trainer.make_step(self.config, self.options, self.mesh)
+    settings = self.settings()
     last = self.options.steps
     left = range(done + 1, last + 1)
     with contextlib.ExitStack() as stack:

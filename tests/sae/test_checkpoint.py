@@ -103,6 +103,44 @@ def test_a_damaged_checkpoint_is_an_error_that_says_what_to_do(
   assert checkpoint.steps(tmp_path) == [5, 10]
 
 
+# tensorstore leaves coroutines behind where a read fails.
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
+@pytest.mark.filterwarnings('ignore:coroutine:RuntimeWarning')
+@pytest.mark.parametrize('harm', ['gone', 'empty', 'half'])
+def test_a_checkpoint_torn_at_any_file_is_an_error_or_harmless(
+  tmp_path, state, harm
+):
+  whole = tmp_path / 'whole'
+  with Checkpoints(whole, keep=2) as checkpoints:
+    save(checkpoints, state, 10)
+  names = [
+    p.relative_to(whole) for p in sorted(whole.rglob('*')) if p.is_file()
+  ]
+  refused = {}
+  for at, name in enumerate(names):
+    torn = tmp_path / str(at)
+    shutil.copytree(whole, torn)
+    held = (torn / name).read_bytes()
+    (torn / name).unlink()
+    if harm != 'gone':
+      (torn / name).write_bytes(held[: len(held) // 2 * (harm == 'half')])
+    try:
+      with Checkpoints(torn) as checkpoints:
+        note = checkpoints.note(10)
+        back = checkpoints.restore(CONFIG, 10)
+        places_S2 = checkpoints.places(10, 2, one_device())
+    except ValueError as error:
+      refused[name.name] = str(error)
+      continue
+    assert note == Note(10, SETTINGS, None)
+    jax.tree.map(np.testing.assert_array_equal, back, state)
+    np.testing.assert_array_equal(places_S2, PLACES_S2)
+  for said in refused.values():
+    assert '/10 is damaged' in said
+    assert 'move it away, and the same command goes from the start' in said
+  assert {'_CHECKPOINT_METADATA', '_METADATA', 'manifest.ocdbt'} <= {*refused}
+
+
 def test_what_a_killed_save_left_is_no_checkpoint(tmp_path, state):
   with Checkpoints(tmp_path, keep=2) as checkpoints:
     save(checkpoints, state, 5)

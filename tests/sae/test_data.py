@@ -1,5 +1,6 @@
 import dataclasses
 import itertools
+import json
 
 import numpy as np
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from lmm_sae.core.store import ActivationStore
 from lmm_sae.core.tokens import Kind
 from lmm_sae.sae import data, mesh
+from tests import processes
 from tests.sae import small
 from tests.sae.small import LAYER, TRAIN
 
@@ -113,6 +115,18 @@ def test_a_batch_mixes_rows_of_several_groups(store):
   assert len({owner[row] for row in as_tuples(x_ND)}) == 3
 
 
+def test_a_batch_mixes_rows_of_hundreds_of_samples(tmp_path, config):
+  store = small.write_store(tmp_path / 'train', samples=400)
+  owner = {
+    row: at // PER_SAMPLE
+    for start, stop in store.ranges
+    for at, row in enumerate(as_tuples(store.read(LAYER, start, stop)), start)
+  }
+  mixed = {name: config.train[name] for name in ('pool_blocks', 'data_shares')}
+  x_ND, _ = next(stream(make(store), rows=512, **mixed))
+  assert len({owner[row] for row in as_tuples(np.asarray(x_ND))}) >= 200
+
+
 def test_batches_follow_from_the_seed(store):
   rows = make(store)
   one, again, other = (
@@ -169,11 +183,19 @@ def test_shares_hold_every_row_of_an_epoch_once(store):
   assert sorted(read) == sorted(all_rows(store, wanted))
 
 
-def test_a_process_reads_the_blocks_of_its_own_shares_only(store, monkeypatch):
-  rows = make(store)
-  monkeypatch.setattr(data, '_begin', lambda *_: {1: (0, 0)})
-  monkeypatch.setattr(data, '_whole', lambda parts, *_: list(parts))
-  assert next(stream(rows, data_shares=4))[0] == [1]
+def test_a_process_reads_the_blocks_of_its_own_shares_only(tmp_path):
+  small.write_store(tmp_path / 'train')
+  words = [str(tmp_path), str(tmp_path)]
+  done = processes.together(2, words, devices=2, module='tests.sae.read_shares')
+  assert [x.code for x in done] == [0, 0], done
+  for process, own in ((0, '01'), (1, '23')):
+    read, of_share = json.loads((tmp_path / f'{process}.json').read_text())
+    mine, others = set(), set()
+    for share, blocks in of_share.items():
+      (mine if share in own else others).update(blocks)
+    assert len(mine) == len(others) == 6  # blocks of one epoch
+    assert mine <= {*read}  # and those of a pool that is read ahead
+    assert not others & {*read}
 
 
 @pytest.mark.parametrize(
