@@ -32,7 +32,9 @@ KEEP = {  # glibc gives freed memory back otherwise, and page faults cost much
 # name -> (environment, module, variant, variables)
 CONTENDERS = {
   'ours native': ('', 'ours', 'native', {}),
+  'ours native bf16': ('', 'ours', 'native-bfloat16', {}),
   'ours xla': ('', 'ours', 'cpu', {}),
+  'ours xla bf16': ('', 'ours', 'cpu-bfloat16', {}),
   'sparsify': ('sparsify', 'sparsify', 'shipped', {}),
   'sparsify tuned': ('sparsify', 'sparsify', 'tuned', KEEP),
   'sparsify autocast': ('sparsify', 'sparsify', 'autocast', KEEP),
