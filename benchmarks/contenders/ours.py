@@ -25,7 +25,7 @@ LIKE_PEERS = {  # a plain TopK SAE: constant rate, no clipping, the FVU alone
 
 
 class Contender:
-  def __init__(self, job, variant):
+  def __init__(self, job, variant, init):
     backend, _, dtype = variant.partition('-')
     config = SaeConfig(
       layer=0, width=job['width'], latents=job['latents'], k=job['k']
@@ -34,7 +34,6 @@ class Contender:
     changes['compute'] = dtype or 'float32'
     fields = {**base.get_config().train, **LIKE_PEERS, **changes}
     options = TrainConfig(**fields)
-    init = np.load(job['init'])
     like = trainer.shapes(config)
     params = like.params.replace(
       w_enc_MD=jnp.array(init['w_enc']),
