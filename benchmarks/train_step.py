@@ -204,7 +204,9 @@ def compare(
       last = (f'{c.name} {1e3 * c.seconds[-1]:.0f} ms' for c in contenders)
       print(f'turn {turn + 1}/{args.turns}: {", ".join(last)}', file=sys.stderr)
     for one in contenders:
-      results[one.name] = _result(one, job, held, folder / 'params.npz')
+      found = _result(one, job, held, folder / 'params.npz')
+      results[one.name] = found
+      print(f'{one.name}: {found["peak_mb"]:.0f} MB', file=sys.stderr)
   settings = {**job, 'seed': args.seed, 'turns': args.turns}
   settings |= {'steps': args.steps, 'alone': args.alone}
   settings['tokens'] = job['rows'] * (WARM + args.turns * args.steps)
