@@ -14,3 +14,6 @@ make() {
 make sparsify eai-sparsify==1.3.3
 make sae_lens sae-lens==6.54.12
 make dictionary_learning dictionary-learning==0.1.0
+# It asks for torchvision, whose build for CUDA breaks transformers beside a CPU
+# build of torch; nothing that is timed needs it.
+.envs/dictionary_learning/bin/python -m pip uninstall --quiet --yes torchvision

@@ -6,7 +6,7 @@ from dictionary_learning.trainers.top_k import TopKTrainer
 
 
 class Contender:
-  def __init__(self, job, variant):
+  def __init__(self, job, variant, init):
     del variant
     self.trainer = TopKTrainer(
       steps=10**9,
@@ -19,7 +19,6 @@ class Contender:
       warmup_steps=0,
       device='cpu',
     )
-    init = np.load(job['init'])
     ae = self.trainer.ae
     with torch.no_grad():
       ae.encoder.weight.copy_(torch.from_numpy(init['w_enc']))

@@ -1,56 +1,50 @@
-"""lmm_sae; the variant is the kernels' backend."""
+"""lmm_sae: the variant is the kernels' backend, and after a `-` the dtype.
+
+Options and state are those of the package wherever the comparison does not ask
+for others, so that a new field needs no word here.
+"""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments import base
 from lmm_sae.sae import mesh as mesh_lib
 from lmm_sae.sae import trainer
-from lmm_sae.sae.model import Params, SaeConfig
+from lmm_sae.sae.model import SaeConfig
 from lmm_sae.sae.options import TrainConfig
-from lmm_sae.sae.trainer import TrainState
+
+LIKE_PEERS = {  # a plain TopK SAE: constant rate, no clipping, the FVU alone
+  'steps': 10**9,
+  'warmup': 0,
+  'decay_from': 1.0,
+  'clip': 1e30,
+  'auxk': 0.0,
+  'normalise': False,
+}
 
 
 class Contender:
-  def __init__(self, job, variant):
+  def __init__(self, job, variant, init):
+    backend, _, dtype = variant.partition('-')
     config = SaeConfig(
       layer=0, width=job['width'], latents=job['latents'], k=job['k']
     )
-    options = TrainConfig(
-      steps=10**9,
-      rows=job['rows'],
-      lr=job['lr'],
-      warmup=0,
-      decay_from=1.0,
-      clip=1e30,
-      accumulate=1,
-      max_skipped=0,
-      auxk=0.0,
-      multi_topk=0.0,
-      kinds=('all',),
-      normalise=False,
-      backend=variant,
-      devices=1,
-      latent_shards=1,
-      save_every=1,
-      keep=1,
-      keep_best=0,
-      block_rows=1,
-      pool_blocks=1,
-      data_shares=1,
+    changes = {'rows': job['rows'], 'lr': job['lr'], 'backend': backend}
+    changes['compute'] = dtype or 'float32'
+    fields = {**base.get_config().train, **LIKE_PEERS, **changes}
+    options = TrainConfig(**fields)
+    like = trainer.shapes(config)
+    params = like.params.replace(
+      w_enc_MD=jnp.array(init['w_enc']),
+      b_enc_M=jnp.array(init['b_enc']),
+      w_dec_MD=jnp.array(init['w_dec']),
+      b_dec_D=jnp.array(init['b_dec']),
     )
-    init = np.load(job['init'])
-    params = Params(
-      *(jnp.array(init[n]) for n in ('w_enc', 'b_enc', 'w_dec')),
-      jnp.array(init['b_dec']),
-    )
-    self.state = TrainState(
-      step=jnp.zeros((), jnp.int32),
-      params=params,
-      opt_state=trainer.adam().init(params),
-      idle_M=jnp.zeros(config.latents, jnp.int32),
-      scale=jnp.ones(()),
-      skipped=jnp.zeros((), jnp.int32),
+    state = like.replace(params=params, scale=jnp.ones(()))
+    self.state = jax.tree.map(
+      lambda x: x if isinstance(x, jax.Array) else jnp.zeros(x.shape, x.dtype),
+      state,
     )
     self.take = trainer.make_step(config, options, mesh_lib.make(1))
 

@@ -11,7 +11,7 @@ from sae_lens.training.sae_trainer import SAETrainer
 
 
 class Contender:
-  def __init__(self, job, variant):
+  def __init__(self, job, variant, init):
     config = TopKTrainingSAEConfig(
       d_in=job['width'],
       d_sae=job['latents'],
@@ -27,7 +27,6 @@ class Contender:
       lr=job['lr'],
     )
     self.trainer = SAETrainer(options, self.sae, iter(()))
-    init = np.load(job['init'])
     with torch.no_grad():
       self.sae.W_enc.copy_(torch.from_numpy(init['w_enc'].T))
       self.sae.b_enc.copy_(torch.from_numpy(init['b_enc']))

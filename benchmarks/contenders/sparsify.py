@@ -1,8 +1,11 @@
 """EleutherAI's sparsify: its SparseCoder, stepped as its Trainer.fit does.
 
-shipped  matmul precision `high`, torch.optim.Adam, float32
-tuned    matmul precision `medium`, fused Adam, and freed memory is kept
-autocast tuned, and bfloat16 autocast, which its forward has on CUDA alone
+shipped   matmul precision `high`, torch.optim.Adam, float32
+tuned     matmul precision `medium`, fused Adam, and freed memory is kept
+autocast  bfloat16 autocast, which its forward has on CUDA alone
+compile   torch.compile of its forward
+
+A variant is one of these words or several, with `-` between.
 """
 
 import contextlib
@@ -14,12 +17,12 @@ from sparsify.config import SparseCoderConfig
 
 
 class Contender:
-  def __init__(self, job, variant):
-    tuned = variant != 'shipped'
+  def __init__(self, job, variant, init):
+    words = variant.split('-')
+    tuned = 'tuned' in words
     torch.set_float32_matmul_precision('medium' if tuned else 'high')
     config = SparseCoderConfig(num_latents=job['latents'], k=job['k'])
     self.sae = SparseCoder(job['width'], config)
-    init = np.load(job['init'])
     with torch.no_grad():
       for mine, name in self.named():
         mine.copy_(torch.from_numpy(init[name]))
@@ -28,7 +31,10 @@ class Contender:
     )
     self.idle = torch.zeros(job['latents'], dtype=torch.long)
     self.fired = torch.zeros(job['latents'], dtype=torch.bool)
-    self.cast = variant == 'autocast'
+    self.cast = 'autocast' in words
+    self.forward = self.sae
+    if 'compile' in words:
+      self.forward = torch.compile(self.sae)
 
   def named(self):
     yield self.sae.encoder.weight, 'w_enc'
@@ -42,7 +48,7 @@ class Contender:
     variance = (x - x.mean(0)).pow(2).sum()
     cast = torch.autocast('cpu', torch.bfloat16)
     with cast if self.cast else contextlib.nullcontext():
-      out = self.sae(x, total_variance=variance)
+      out = self.forward(x, total_variance=variance)
     self.fired[out.latent_indices.flatten()] = True
     float(out.fvu.detach())
     out.fvu.backward()

@@ -1,0 +1,36 @@
+"""What a JSON says of where its figures come from."""
+
+import os
+import pathlib
+import platform
+import time
+
+WIDE = ('avx2', 'avx512f', 'avx512_bf16', 'amx_bf16')  # what speed hangs on
+
+
+def facts() -> dict:
+  """Date, processor, and the cores that this process may use."""
+  return {
+    'date': time.strftime('%Y-%m-%d'),
+    'machine': {'processor': processor(), 'cores': cores()},
+  }
+
+
+def cores() -> int:
+  if hasattr(os, 'sched_getaffinity'):  # not on macOS
+    return len(os.sched_getaffinity(0))
+  return os.cpu_count()
+
+
+def processor() -> str:
+  """Its name, and what makes it fast or slow."""
+  try:
+    text = pathlib.Path('/proc/cpuinfo').read_text()
+  except OSError:
+    return platform.processor()
+  lines = dict(x.split(':', 1) for x in text.splitlines() if ':' in x)
+  names = {name.strip(): value.strip() for name, value in lines.items()}
+  flags = names.get('flags', '').split()
+  family = f'family {names.get("cpu family")} model {names.get("model")}'
+  wide = ' '.join(f for f in WIDE if f in flags)
+  return f'{names.get("model name")}, {family}, {wide}'
