@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import base
+from lmm_sae.core import host
 from lmm_sae.sae import mesh as mesh_lib
 from lmm_sae.sae import trainer
 from lmm_sae.sae.model import SaeConfig
@@ -26,6 +27,7 @@ LIKE_PEERS = {  # a plain TopK SAE: constant rate, no clipping, the FVU alone
 
 class Contender:
   def __init__(self, job, variant, init):
+    host.keep_freed_memory()  # as the stage `train` does
     backend, _, dtype = variant.partition('-')
     config = SaeConfig(
       layer=0, width=job['width'], latents=job['latents'], k=job['k']
