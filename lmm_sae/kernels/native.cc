@@ -159,26 +159,27 @@ inline void micro(const float* x, const float* w, int64_t depth, float* tile) {
   }
 }
 
-// Bit i of the result says whether at[i] > least.
+// Bit i of the result says whether at[i] > least, or is no number.
 inline uint32_t above(const float* at, float least) {
 #if defined(__AVX512F__)
   return _mm512_cmp_ps_mask(_mm512_loadu_ps(at), _mm512_set1_ps(least),
-                            _CMP_GT_OQ);
+                            _CMP_NLE_UQ);
 #elif defined(__AVX2__)
   return _mm256_movemask_ps(_mm256_cmp_ps(
-      _mm256_loadu_ps(at), _mm256_set1_ps(least), _CMP_GT_OQ));
+      _mm256_loadu_ps(at), _mm256_set1_ps(least), _CMP_NLE_UQ));
 #else
   uint32_t bits = 0;
-  for (int i = 0; i < kLanes; ++i) bits |= uint32_t(at[i] > least) << i;
+  for (int i = 0; i < kLanes; ++i) bits |= uint32_t(!(at[i] <= least)) << i;
   return bits;
 #endif
 }
 
 // A value that is not negative, and its index, as one number that orders as
-// top-k does: by value, then by the lower index.
+// top-k does: by value, NaN above all, then by the lower index.
 inline uint64_t key(float value, int64_t index) {
   uint32_t high;
   std::memcpy(&high, &value, 4);
+  if (std::isnan(value)) high = 0x7FC00000;
   return uint64_t(high) << 32 | ~uint32_t(index);
 }
 inline float value_of(uint64_t key) {
@@ -217,7 +218,7 @@ void write(std::vector<uint64_t>& keys, int64_t k, float* values,
   }
 }
 
-// Calls take(i, at[i]) where at[i] > least, for 0 <= i < count.
+// Calls take(i, at[i]) where at[i] > least or NaN, for 0 <= i < count.
 template <class Take>
 inline void each_above(const float* at, int64_t count, float least,
                        Take take) {
@@ -247,6 +248,7 @@ class Best {
                      std::greater<uint64_t>());
     keys_.resize(k_);
     least_ = value_of(keys_.back());
+    if (std::isnan(least_)) least_ = INFINITY;  // all others lose
   }
 
   void finish(float* values, int32_t* indices) {
@@ -364,7 +366,7 @@ class Screened {
     for (const Kept& one : kept_) {
       int64_t m = index_of(one.low);
       float value = dot(x, w + m * width, width) + b[m];
-      if (value > 0.f) keys.push_back(key(value, m));
+      if (!(value <= 0.f)) keys.push_back(key(value, m));
     }
     write(keys, k_, values, indices);
   }
@@ -437,8 +439,12 @@ void encode_full(const float* x, const float* w, const float* b, int64_t count,
 }
 
 #ifdef __AVX512BF16__
-// The same, what cannot win sorted out in bfloat16.
-void encode_screened(const float* x, const float* w, const float* b,
+bool finite(const Rounded& one) { return std::isfinite(one.norm + one.slip); }
+
+// The same, what cannot win sorted out in bfloat16. False where something is not
+// finite, or so large that no bound is: the rows share a centre, so that one of
+// them would take the others with it.
+bool encode_screened(const float* x, const float* w, const float* b,
                      int64_t count, int64_t latents, int64_t width, int64_t k,
                      float* values, int32_t* indices) {
   int64_t wide = (width + 1) / 2;
@@ -456,7 +462,10 @@ void encode_screened(const float* x, const float* w, const float* b,
     int64_t block = std::min(kBlock, count - r);
     round_rows(x + r * width, centre.data(), block, width, room.data(),
                of.data());
-    for (int64_t i = 0; i < block; ++i) kept.emplace_back(k, of[i], far, width);
+    for (int64_t i = 0; i < block; ++i) {
+      if (!finite(of[i])) return false;
+      kept.emplace_back(k, of[i], far, width);
+    }
     pack_rows(room.data(), block, wide, &own[r * wide]);
   }
   for (int64_t m = 0; m < latents; m += kPanel) {
@@ -467,6 +476,7 @@ void encode_screened(const float* x, const float* w, const float* b,
     float most_bias = 0.f;
     for (int64_t j = 0; j < some; ++j) {
       bias[j] = b[m + j] + dot(centre.data(), w + (m + j) * width, width);
+      if (std::isnan(bias[j]) || !finite(of[j])) return false;
       most.norm = std::max(most.norm, of[j].norm);
       most.slip = std::max(most.slip, of[j].slip);
       if (std::isfinite(b[m + j])) {
@@ -481,6 +491,7 @@ void encode_screened(const float* x, const float* w, const float* b,
   for (int64_t r = 0; r < count; ++r) {
     kept[r].finish(x + r * width, w, b, width, values + r * k, indices + r * k);
   }
+  return true;
 }
 #endif
 
@@ -493,10 +504,7 @@ ffi::Error encode(ffi::ThreadPool pool, F32 x, F32 w, F32 b, OutF32 vals,
   int32_t* indices = idx->typed_data();
   int64_t threads = std::max<int64_t>(pool.num_threads(), 1);
   int64_t chunk = std::min(kChunk, up((rows + threads - 1) / threads, kBlock));
-  auto run = encode_full;
-#ifdef __AVX512BF16__
-  if (screen) run = encode_screened;
-#else
+#ifndef __AVX512BF16__
   if (screen) {
     return ffi::Error(ffi::ErrorCode::kUnimplemented,
                       "this processor has no AVX512_BF16");
@@ -504,8 +512,16 @@ ffi::Error encode(ffi::ThreadPool pool, F32 x, F32 w, F32 b, OutF32 vals,
 #endif
   parallel(pool, (rows + chunk - 1) / chunk, [=](int64_t c) {
     int64_t n = c * chunk, count = std::min(chunk, rows - n);
-    run(xs + n * width, ws, bs, count, latents, width, k, values + n * k,
-        indices + n * k);
+    const float* own = xs + n * width;
+    float* vals = values + n * k;
+    int32_t* idx = indices + n * k;
+#ifdef __AVX512BF16__
+    if (screen &&
+        encode_screened(own, ws, bs, count, latents, width, k, vals, idx)) {
+      return;
+    }
+#endif
+    encode_full(own, ws, bs, count, latents, width, k, vals, idx);
   });
   return ffi::Error::Success();
 }
