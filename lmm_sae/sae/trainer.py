@@ -244,7 +244,9 @@ def _jitted(config: SaeConfig, options: TrainConfig, mesh: jax.sharding.Mesh):
     if options.accumulate == 1:
       found = piece(x_ND)
     else:
-      pieces = x_ND.reshape(options.accumulate, -1, config.width)
+      # Every so many rows: a piece is the same however many devices share it.
+      pieces = x_ND.reshape(-1, options.accumulate, config.width)
+      pieces = jnp.swapaxes(pieces, 0, 1)
       zeros = jax.tree.map(
         lambda x: jnp.zeros(x.shape, x.dtype),
         jax.eval_shape(piece, pieces[0]),
