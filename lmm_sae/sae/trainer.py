@@ -76,7 +76,8 @@ def start(
     seed: of the encoder.
     normalise: see above.
     given: an SAE to go on with, for rows as the store holds them; its
-      thresholds stay where it has some.
+      thresholds stay where it has some, norms of its decoder's rows go into
+      the encoder.
   """
   x_ND = jnp.asarray(rows_ND, jnp.float32)
   b_dec_D = model.geometric_median(x_ND)
@@ -86,7 +87,7 @@ def start(
     params = model.init(config, b_dec_D * scale, jax.random.key(seed))
   else:
     params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), given)
-    params = model.rescale(model.normalise(params), scale)
+    params = model.rescale(model.fold(params), scale)
   if config.activation == 'jumprelu':
     code = model.encode(params, x_ND[:4096] * scale, k=config.k)
     theta_M = jnp.full(config.latents, jnp.mean(code.vals_NK[:, -1]))
