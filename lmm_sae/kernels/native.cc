@@ -21,10 +21,7 @@ ffi::Error encode(ffi::ThreadPool pool, F32 x, F32 w, F32 b, OutF32 vals,
   int32_t* indices = idx->typed_data();
   int64_t threads = std::max<int64_t>(pool.num_threads(), 1);
   int64_t chunk = std::min(kChunk, up((rows + threads - 1) / threads, kBlock));
-  auto run = encode_full;
-#ifdef __AVX512BF16__
-  if (screen) run = encode_screened;
-#else
+#ifndef __AVX512BF16__
   if (screen) {
     return ffi::Error(ffi::ErrorCode::kUnimplemented,
                       "this processor has no AVX512_BF16");
@@ -32,8 +29,16 @@ ffi::Error encode(ffi::ThreadPool pool, F32 x, F32 w, F32 b, OutF32 vals,
 #endif
   parallel(pool, (rows + chunk - 1) / chunk, [=](int64_t c) {
     int64_t n = c * chunk, count = std::min(chunk, rows - n);
-    run(xs + n * width, ws, bs, count, latents, width, k, values + n * k,
-        indices + n * k);
+    const float* own = xs + n * width;
+    float* vals = values + n * k;
+    int32_t* idx = indices + n * k;
+#ifdef __AVX512BF16__
+    if (screen &&
+        encode_screened(own, ws, bs, count, latents, width, k, vals, idx)) {
+      return;
+    }
+#endif
+    encode_full(own, ws, bs, count, latents, width, k, vals, idx);
   });
   return ffi::Error::Success();
 }

@@ -30,6 +30,7 @@ import numpy as np
 from lmm_sae.kernels import reference
 
 F32 = jnp.float32
+MOST_PLACES = 2**31 - 1  # of a code: places are int32
 SOURCE = pathlib.Path(__file__).with_name('native.cc')
 FLAGS = (
   *('-O3', '-march=native', '-std=c++17', '-shared', '-fPIC'),
@@ -160,6 +161,12 @@ def spmm_t(
   v_NK: jax.Array, i_NK: jax.Array, x_ND: jax.Array, /, *, latents: int
 ) -> jax.Array:
   """w[m] = Σ over i[n, k] = m of v[n, k] · x[n], for all M = `latents` rows."""
+  if i_NK.size > MOST_PLACES:
+    raise NotImplementedError(
+      f'the native kernels sum codes of at most {MOST_PLACES} entries, not '
+      f'{i_NK.shape}: raise --config.train.accumulate, or use '
+      '--config.train.backend=cpu'
+    )
   out = _f32((latents, x_ND.shape[1]))
   return _call('lmm_sae_spmm_t', out, v_NK, i_NK, x_ND)
 
@@ -206,6 +213,11 @@ def _require() -> None:
     raise NotImplementedError(
       f'the native kernels cannot run here ({why_not()}): use '
       '--config.train.backend=cpu'
+    )
+  if jax.default_backend() != 'cpu':
+    raise NotImplementedError(
+      f'the native kernels run on a CPU, but jax runs on '
+      f'{jax.default_backend()}: use --config.train.backend=auto'
     )
 
 

@@ -101,11 +101,11 @@ void parallel(ffi::ThreadPool& pool, int64_t count,
   shared->finished.wait(lock, [&] { return shared->done == count; });
 }
 
-// Bit i of the result says whether at[i] > least, or at[i] < least.
+// Bit i of the result says whether at[i] > least or no number, or at[i] < least.
 #if defined(__AVX512F__)
 inline uint32_t above(const float* at, float least) {
   return _mm512_cmp_ps_mask(_mm512_loadu_ps(at), _mm512_set1_ps(least),
-                            _CMP_GT_OQ);
+                            _CMP_NLE_UQ);
 }
 inline uint32_t below(const float* at, float least) {
   return _mm512_cmp_ps_mask(_mm512_loadu_ps(at), _mm512_set1_ps(least),
@@ -114,7 +114,7 @@ inline uint32_t below(const float* at, float least) {
 #elif defined(__AVX2__)
 inline uint32_t above(const float* at, float least) {
   return _mm256_movemask_ps(_mm256_cmp_ps(
-      _mm256_loadu_ps(at), _mm256_set1_ps(least), _CMP_GT_OQ));
+      _mm256_loadu_ps(at), _mm256_set1_ps(least), _CMP_NLE_UQ));
 }
 inline uint32_t below(const float* at, float least) {
   return _mm256_movemask_ps(_mm256_cmp_ps(
@@ -123,7 +123,7 @@ inline uint32_t below(const float* at, float least) {
 #else
 inline uint32_t above(const float* at, float least) {
   uint32_t bits = 0;
-  for (int i = 0; i < kLanes; ++i) bits |= uint32_t(at[i] > least) << i;
+  for (int i = 0; i < kLanes; ++i) bits |= uint32_t(!(at[i] <= least)) << i;
   return bits;
 }
 inline uint32_t below(const float* at, float least) {

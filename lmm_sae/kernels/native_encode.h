@@ -199,8 +199,12 @@ void encode_full(const float* x, const float* w, const float* b, int64_t count,
 }
 
 #ifdef __AVX512BF16__
-// The same, what cannot win sorted out in bfloat16.
-void encode_screened(const float* x, const float* w, const float* b,
+bool finite(const Rounded& one) { return std::isfinite(one.norm + one.slip); }
+
+// The same, what cannot win sorted out in bfloat16. False where something is not
+// finite, or so large that no bound is: the rows share a centre, so that one of
+// them would take the others with it.
+bool encode_screened(const float* x, const float* w, const float* b,
                      int64_t count, int64_t latents, int64_t width, int64_t k,
                      float* values, int32_t* indices) {
   int64_t wide = (width + 1) / 2;
@@ -215,15 +219,14 @@ void encode_screened(const float* x, const float* w, const float* b,
     axpy(1.f / float(count), x + r * width, width, centre.data());
   }
   float far = std::sqrt(dot(centre.data(), centre.data(), width));
-  if (!std::isfinite(far)) {  // one bad row must not spoil the others
-    std::fill(centre.begin(), centre.end(), 0.f);
-    far = 0.f;
-  }
   for (int64_t r = 0; r < count; r += kBlock) {
     int64_t block = std::min(kBlock, count - r);
     round_rows(x + r * width, centre.data(), block, width, room.data(),
                of.data());
-    for (int64_t i = 0; i < block; ++i) screen.emplace_back(of[i], far, width);
+    for (int64_t i = 0; i < block; ++i) {
+      if (!finite(of[i])) return false;
+      screen.emplace_back(of[i], far, width);
+    }
     pack_rows(room.data(), block, wide, &own[r * wide]);
   }
   for (int64_t m = 0; m < latents; m += kPanel) {
@@ -234,6 +237,7 @@ void encode_screened(const float* x, const float* w, const float* b,
     float most_bias = 0.f;
     for (int64_t j = 0; j < some; ++j) {
       bias[j] = b[m + j] + dot(centre.data(), w + (m + j) * width, width);
+      if (std::isnan(bias[j]) || !finite(of[j])) return false;
       most.norm = std::max(most.norm, of[j].norm);
       most.slip = std::max(most.slip, of[j].slip);
       if (std::isfinite(b[m + j])) {
@@ -252,10 +256,11 @@ void encode_screened(const float* x, const float* w, const float* b,
     for (int64_t i = 0; i < kept[r].count(); ++i) {
       int64_t j = kept[r].index(i);
       float value = dot(x + r * width, w + j * width, width) + b[j];
-      if (value > 0.f) keys.push_back(key(value, j));
+      if (!(value <= 0.f)) keys.push_back(key(value, j));
     }
     write(keys, k, values + r * k, indices + r * k);
   }
+  return true;
 }
 #endif
 

@@ -8,10 +8,11 @@
 namespace {
 
 // A value that is not negative, and its index, as one number that orders as
-// top-k does: by value, then by the lower index.
+// top-k does: by value, NaN above all, then by the lower index.
 inline uint64_t key(float value, int64_t index) {
   uint32_t high;
   std::memcpy(&high, &value, 4);
+  if (std::isnan(value)) high = 0x7FC00000;
   return uint64_t(high) << 32 | ~uint32_t(index);
 }
 inline float value_of(uint64_t key) {
@@ -123,8 +124,7 @@ class Kept {
 #else
     for (; bits; bits &= bits - 1) {
       int i = __builtin_ctz(bits);
-      float low = values[i] - off;
-      low_[count_] = low > 0.f ? low : 0.f;
+      low_[count_] = kScreened ? std::max(values[i] - off, 0.f) : values[i];
       if (kScreened) high_[count_] = values[i] + off;
       index_[count_++] = first + i;
     }
@@ -167,7 +167,10 @@ class Kept {
   // than k + spare. Halving values ends, since there are finitely many between.
   float bound(int64_t spare) const {
     float least = least_;
-    float most = *std::max_element(low_.begin(), low_.begin() + count_);
+    float most = least;
+    for (int64_t i = 0; i < count_; ++i) {
+      if (low_[i] > most) most = low_[i];  // NaN, which meets any bound, is not
+    }
     most = std::min(most, FLT_MAX);
     if (at_least(most) >= k_) return most;
     while (true) {

@@ -182,7 +182,7 @@ def adam(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _encode(x_ND, w_MD, b_M, k, name):
-  return BACKENDS[name].encode(x_ND, w_MD, b_M, k=k)
+  return _module(name, len(x_ND)).encode(x_ND, w_MD, b_M, k=k)
 
 
 def _encode_fwd(x_ND, w_MD, b_M, k, name):
@@ -206,7 +206,7 @@ def _encode_bwd(k, name, saved, grads):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _spmm(v_NK, i_NK, w_MD, name):
-  return BACKENDS[name].spmm(v_NK, i_NK, w_MD)
+  return _module(name, len(i_NK)).spmm(v_NK, i_NK, w_MD)
 
 
 def _spmm_fwd(v_NK, i_NK, w_MD, name):
@@ -222,7 +222,7 @@ def _spmm_bwd(name, saved, dy_ND):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _sddmm(x_ND, i_NK, w_MD, name):
-  return BACKENDS[name].sddmm(x_ND, i_NK, w_MD)
+  return _module(name, len(i_NK)).sddmm(x_ND, i_NK, w_MD)
 
 
 def _sddmm_fwd(x_ND, i_NK, w_MD, name):
@@ -238,7 +238,7 @@ def _sddmm_bwd(name, saved, dv_NK):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _spmm_t(v_NK, i_NK, x_ND, latents, name):
-  return BACKENDS[name].spmm_t(v_NK, i_NK, x_ND, latents=latents)
+  return _module(name, len(i_NK)).spmm_t(v_NK, i_NK, x_ND, latents=latents)
 
 
 def _spmm_t_fwd(v_NK, i_NK, x_ND, latents, name):
@@ -257,6 +257,11 @@ _encode.defvjp(_encode_fwd, _encode_bwd)
 _spmm.defvjp(_spmm_fwd, _spmm_bwd)
 _sddmm.defvjp(_sddmm_fwd, _sddmm_bwd)
 _spmm_t.defvjp(_spmm_t_fwd, _spmm_t_bwd)
+
+
+def _module(name: str, rows: int) -> types.ModuleType:
+  """What computes; without a row there is nothing to choose."""
+  return BACKENDS[name] if rows else reference
 
 
 def _like(grad: jax.Array, primal: jax.Array) -> jax.Array:

@@ -119,8 +119,9 @@ def losses(
     w_dec_MD=params.w_dec_MD.astype(dtype),
   )
   most = max(wide, config.most)
+  four = min(4 * config.k, config.latents)
   if weights.multi_topk:
-    most = max(most, min(4 * config.k, config.latents))
+    most = max(most, four)
   every = model.encode(low, x_ND, k=most, **where)
   code, sparsity, theta = _fire(low, every, most, batch, config, k, axis)
   error_ND, nested = _nested(low, x_ND, code, config.prefixes, **where)
@@ -131,7 +132,8 @@ def losses(
     aux = _auxk(low, x_ND, error_ND, dead_M, config.k_aux, **where)
     aux = aux / batch.variance
   if weights.multi_topk:
-    wide_ND = model.decode(low, every, **where)
+    wider = every if most == four else model.select(every, four, axis)
+    wide_ND = model.decode(low, wider, **where)
     multi = jnp.sum((x_ND - wide_ND) ** 2) / batch.variance
   total = nested + weights.auxk * aux + weights.multi_topk * multi
   total = total + weights.sparsity * sparsity

@@ -182,8 +182,10 @@ def _bias(b_enc_M, w_enc_MD, b_dec_D):
 
 
 def _bias_bwd(w_enc_MD, grad_M):
-  along_D = grad_M.astype(w_enc_MD.dtype) @ w_enc_MD
-  return grad_M, None, -along_D.astype(jnp.float32)
+  along_D = jnp.dot(
+    grad_M.astype(w_enc_MD.dtype), w_enc_MD, preferred_element_type=jnp.float32
+  )
+  return grad_M, None, -along_D
 
 
 _bias.defvjp(lambda b_enc_M, w_enc_MD, b_dec_D: (b_enc_M, w_enc_MD), _bias_bwd)
@@ -242,6 +244,22 @@ def normalise(params: Params) -> Params:
   norm_M = jnp.linalg.norm(params.w_dec_MD, axis=-1)
   unit_MD = params.w_dec_MD / jnp.maximum(norm_M, 1e-12)[:, None]
   return params.replace(w_dec_MD=unit_MD)
+
+
+def fold(params: Params) -> Params:
+  """The same SAE with decoder rows of unit norm: z takes their norm over.
+
+  Each latent adds to x̂ what it did. Which of them fire is the same, too, where
+  thresholds decide; k largest are now those of the largest part of x̂.
+  """
+  norm_M = jnp.linalg.norm(params.w_dec_MD, axis=-1)
+  norm_M = jnp.where(norm_M > 1e-12, norm_M, 1)
+  return params.replace(
+    w_enc_MD=params.w_enc_MD * norm_M[:, None],
+    b_enc_M=params.b_enc_M * norm_M,
+    w_dec_MD=params.w_dec_MD / norm_M[:, None],
+    theta_M=params.theta_M * norm_M,
+  )
 
 
 def rescale(params: Params, scale: jax.Array) -> Params:

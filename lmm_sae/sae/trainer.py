@@ -76,7 +76,8 @@ def start(
     seed: of the encoder.
     normalise: see above.
     given: an SAE to go on with, for rows as the store holds them; its
-      thresholds stay where it has some.
+      thresholds stay where it has some, norms of its decoder's rows go into
+      the encoder.
   """
   x_ND = jnp.asarray(rows_ND, jnp.float32)
   b_dec_D = model.geometric_median(x_ND)
@@ -86,7 +87,7 @@ def start(
     params = model.init(config, b_dec_D * scale, jax.random.key(seed))
   else:
     params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), given)
-    params = model.rescale(model.normalise(params), scale)
+    params = model.rescale(model.fold(params), scale)
   if config.activation == 'jumprelu':
     code = model.encode(params, x_ND[:4096] * scale, k=config.k)
     theta_M = jnp.full(config.latents, jnp.mean(code.vals_NK[:, -1]))
@@ -244,7 +245,9 @@ def _jitted(config: SaeConfig, options: TrainConfig, mesh: jax.sharding.Mesh):
     if options.accumulate == 1:
       found = piece(x_ND)
     else:
-      pieces = x_ND.reshape(options.accumulate, -1, config.width)
+      # Every so many rows: a piece is the same however many devices share it.
+      pieces = x_ND.reshape(-1, options.accumulate, config.width)
+      pieces = jnp.swapaxes(pieces, 0, 1)
       zeros = jax.tree.map(
         lambda x: jnp.zeros(x.shape, x.dtype),
         jax.eval_shape(piece, pieces[0]),

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from lmm_sae.kernels import cost, gpu, gpu_pallas, gpu_topk, ops, reference
 
@@ -162,6 +163,17 @@ def shape(*axes, dtype='float32'):
   return jax.ShapeDtypeStruct(axes, dtype)
 
 
+def lowered(function, *args) -> str:
+  """The program that a GPU would be given; jax 0.11 asks which GPU."""
+  device = AbstractDevice('NVIDIA H200', 132, 'gpu')
+  mesh = AbstractMesh(
+    (1,), ('one',), (AxisType.Explicit,), abstract_device=device
+  )
+  with jax.sharding.use_abstract_mesh(mesh):
+    traced = jax.jit(function).trace(*args)
+    return traced.lower(lowering_platforms=('cuda',)).as_text()
+
+
 def kernels(n, d, m, k, dtype):
   """Every Pallas kernel with its inputs: name -> (function, arguments)."""
   code = (shape(n, k), shape(n, k, dtype='int32'))
@@ -194,8 +206,7 @@ def kernels(n, d, m, k, dtype):
 )
 def test_every_kernel_lowers_for_cuda(shapes, dtype):
   for name, (function, args) in kernels(*shapes, dtype).items():
-    traced = jax.jit(function).trace(*args)
-    text = traced.lower(lowering_platforms=('cuda',)).as_text()
+    text = lowered(function, *args)
     assert text.count('xla.gpu.triton') == 1, name
 
 
@@ -210,10 +221,11 @@ def test_the_papers_encode_and_gradients_lower_within_bounded_memory(
     code = ops.encode(x_ND, w_MD, b_M, k=k, backend='gpu')
     return jnp.sum(ops.spmm(*code, w_MD, backend='gpu') ** 2)
 
-  traced = jax.jit(jax.grad(loss, (0, 1))).trace(
-    shape(m, d, dtype='bfloat16'), shape(m), shape(n, d, dtype='bfloat16')
+  text = lowered(
+    jax.grad(loss, (0, 1)),
+    *(shape(m, d, dtype='bfloat16'), shape(m)),
+    shape(n, d, dtype='bfloat16'),
   )
-  text = traced.lower(lowering_platforms=('cuda',)).as_text()
   assert f'{n}x{m}' not in text
   assert f'{n}x{k}x{d}' not in text
   assert f'{gpu.CHUNK_BYTES // 4 // m}x{m}' in text

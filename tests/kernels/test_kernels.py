@@ -153,6 +153,47 @@ def test_gradients_equal_those_of_a_dense_formulation(backend, k):
 
 
 @backends
+@pytest.mark.parametrize(
+  ('rows', 'width', 'latents', 'k'),
+  [
+    *((0, D, M, 3), (1, 1, 1, 1), (1, D, 1, 1), (3, 1, 17, 2)),
+    *((2, 5, 1037, 1), (3, 7, 1037, 40), (2, 130, 137, 137)),
+  ],
+)
+def test_odd_shapes_equal_the_reference(backend, rows, width, latents, k):
+  """No row, one of a thing, and more of it than whole blocks hold."""
+  x_ND, w_MD, b_M, v_NK, i_NK = inputs(k, 'float32', rows, width, latents)
+  vals_NK, idx_NK = ops.encode(x_ND, w_MD, b_M, k=k, backend=backend)
+  want_vals_NK, want_idx_NK = reference.encode(x_ND, w_MD, b_M, k=k)
+  np.testing.assert_allclose(vals_NK, want_vals_NK, rtol=1e-5, atol=1e-5)
+  np.testing.assert_array_equal(idx_NK, want_idx_NK)
+  for name, one, two, *rest in (
+    ('spmm', v_NK, i_NK, w_MD),
+    ('sddmm', x_ND, i_NK, w_MD),
+    ('spmm_t', v_NK, i_NK, x_ND),
+  ):
+    more = {'latents': latents} if name == 'spmm_t' else {}
+    got = getattr(ops, name)(one, two, *rest, **more, backend=backend)
+    want = getattr(reference, name)(one, two, *rest, **more)
+    np.testing.assert_allclose(
+      got, want, rtol=1e-5, atol=2e-5, err_msg=f'{name} {rows}'
+    )
+
+
+@backends
+@pytest.mark.parametrize('bad', [np.nan, np.inf])
+def test_what_is_not_finite_is_told_and_stays_in_its_row(backend, bad):
+  """So that a training step sees it, and an index of other rows does not."""
+  x_ND, w_MD, b_M, *_ = inputs(3, rows=N, width=8, latents=70)
+  x_ND = x_ND.at[2, 5].set(bad)
+  got = ops.encode(x_ND, w_MD, b_M, k=3, backend=backend)
+  want = reference.encode(x_ND, w_MD, b_M, k=3)
+  assert np.isfinite(want[0]).all(1).sum() == N - 1
+  np.testing.assert_allclose(got[0], want[0], rtol=1e-5)
+  np.testing.assert_array_equal(got[1], want[1])
+
+
+@backends
 def test_ties_go_to_the_lower_index(backend):
   w_MD = jnp.ones((M, D))
   _, idx_NK = ops.encode(
@@ -187,11 +228,17 @@ def test_no_gradient_flows_through_a_latent_that_did_not_fire(backend):
 @pytest.mark.parametrize('latents', [512, 517, 1031])
 @pytest.mark.parametrize('k', [1, 7])
 @pytest.mark.parametrize('spread', [6, 500, 10**6])
-def test_the_group_filter_is_exact_with_ties_and_without(latents, k, spread):
-  """Ties everywhere, which it leaves to lax.top_k; some; and hardly any."""
+@pytest.mark.parametrize('share', [0.03, 1])
+def test_the_group_filter_is_exact(latents, k, spread, share):
+  """With ties everywhere, which it leaves to lax.top_k, some, and hardly any.
+
+  Where few are not 0, groups of different maxima hold equal values.
+  """
   rng = np.random.default_rng(2)
-  dot_NM = rng.integers(-spread, spread, size=(40, latents)).astype('float32')
-  b_M = rng.integers(-3, 3, size=latents).astype('float32')
+  some_NM = rng.random((40, latents)) < share
+  dot_NM = some_NM * rng.integers(-spread, spread, some_NM.shape)
+  dot_NM = dot_NM.astype('float32')
+  b_M = rng.integers(-3, 3, size=latents) * np.float32(share == 1)
   assert k * cpu.GROUP * 4 <= latents  # the filter runs
   want = jax.lax.top_k(jnp.maximum(dot_NM + b_M, 0), k)
   got = cpu.top_k(jnp.asarray(dot_NM), jnp.asarray(b_M), k=k)

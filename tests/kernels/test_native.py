@@ -93,6 +93,42 @@ def test_ties_and_zeros_go_to_the_lowest_indices(screen):
   np.testing.assert_array_equal(vals_NK, [[7.5] * 3 + [0] * 4] * 3)
 
 
+@screens
+def test_a_row_that_is_not_finite_leaves_its_neighbours_alone(screen):
+  rng = np.random.default_rng(0)
+  x_ND = rng.normal(size=(30, 24)).astype('f')
+  w_MD = rng.normal(size=(700, 24)).astype('f')
+  b_M = rng.normal(size=700).astype('f')
+  want = native.encode(x_ND, w_MD, b_M, k=5, screen=screen)
+  for bad in (np.nan, np.inf, 1e25):
+    spoiled_ND = x_ND.copy()
+    spoiled_ND[11, 3] = bad
+    got = native.encode(spoiled_ND, w_MD, b_M, k=5, screen=screen)
+    others_N = np.arange(30) != 11
+    for one, two in zip(got, want, strict=True):
+      np.testing.assert_allclose(
+        np.asarray(one)[others_N], np.asarray(two)[others_N], rtol=1e-5
+      )
+  w_MD[[600, 650], 2] = np.nan
+  vals_NK, idx_NK = native.encode(x_ND, w_MD, b_M, k=5, screen=screen)
+  np.testing.assert_array_equal(idx_NK[:, :2], [[600, 650]] * 30)
+  np.testing.assert_array_equal(np.isnan(vals_NK).sum(1), 2)
+
+
+def test_a_code_too_large_names_the_flag():
+  code = np.broadcast_to(np.float32(0), (2**25, 64))
+  i_NK = np.broadcast_to(np.int32(0), code.shape)
+  x_ND = np.broadcast_to(np.float32(0), (2**25, 3))
+  with pytest.raises(NotImplementedError, match=r'train\.accumulate'):
+    native.spmm_t(code, i_NK, x_ND, latents=4)
+
+
+def test_another_device_than_a_cpu_names_the_flag(monkeypatch):
+  monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+  with pytest.raises(NotImplementedError, match=r'train\.backend=auto'):
+    native.project(np.ones((4, 3), 'f'), np.ones((4, 3), 'f'))
+
+
 def test_an_index_outside_is_refused():
   w_MD = np.ones((4, 3), 'f')
   for index in (4, -1):

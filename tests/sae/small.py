@@ -84,15 +84,22 @@ def rows(count: int, seed: int = 0) -> np.ndarray:
 
 
 def write_store(
-  path, samples: int = 40, seed: int = 0, bos: float = 1.0
+  path,
+  samples: int = 40,
+  seed: int = 0,
+  bos: float = 1.0,
+  layers: tuple[int, ...] = (LAYER,),
 ) -> ActivationStore:
-  """A store of 10-row samples, 16 to a group; BOS rows `bos` times as long."""
+  """A store of 10-row samples, 16 to a group; BOS rows `bos` times as long.
+
+  Each layer has rows of its own.
+  """
   meta = StoreMeta(
     split=path.name,
     model='toy',
     fingerprint='f00',
-    layers=(LAYER,),
-    layer_paths={str(LAYER): f'model.layers.{LAYER}'},
+    layers=layers,
+    layer_paths={str(at): f'model.layers.{at}' for at in layers},
     width=D,
     grid=(1, 3),
     image_backend='pil',
@@ -103,9 +110,12 @@ def write_store(
   for group in range(groups):
     ids = np.arange(group * 16, min(group * 16 + 16, samples))
     count = len(ids) * length
-    x_ND = rows(count, seed + group)
     kind_N = np.tile(SAMPLE, len(ids)).astype(np.uint8)
-    x_ND[kind_N == Kind.BOS] *= bos
+    residuals = {}
+    for layer in layers:
+      x_ND = rows(count, seed + group + 100 * (layer - LAYER))
+      x_ND[kind_N == Kind.BOS] *= bos
+      residuals[layer] = x_ND.astype(ml_dtypes.bfloat16)
     fields = {
       'sample': np.repeat(ids, length),
       'position': np.tile(np.arange(length), len(ids)),
@@ -130,9 +140,7 @@ def write_store(
       )
       for at, sample in enumerate(ids)
     ]
-    store.write_group(
-      group, {LAYER: x_ND.astype(ml_dtypes.bfloat16)}, fields, parts, []
-    )
+    store.write_group(group, residuals, fields, parts, [])
   return store
 
 

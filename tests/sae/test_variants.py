@@ -41,13 +41,12 @@ def assert_alike(one, many):
   np.testing.assert_array_equal(one[0].idle_M, many[0].idle_M)
 
 
-@pytest.mark.parametrize('name', VARIANTS)
-def test_many_devices_equal_one_with_every_variant(name):
-  idle_M = np.where(np.arange(M) % 8 < 2, 10_000, 0).astype(np.int32)
-  one = trained(PLAIN, VARIANTS[name], idle_M=idle_M)
-  many = trained(PLAIN, VARIANTS[name], idle_M=idle_M, devices=8, latent=4)
-  assert_alike(one, many)
-  assert 0 < one[1]['l0'] <= VARIANTS[name].most
+@pytest.mark.parametrize('name', ['batchtopk', 'jumprelu'])
+def test_pieces_are_of_the_same_rows_however_many_devices_share(name):
+  """What spans the rows of a piece, a threshold or l0, is the same."""
+  options = dataclasses.replace(PLAIN, accumulate=2)
+  one = trained(options, VARIANTS[name], steps=2)
+  assert_alike(one, trained(options, VARIANTS[name], steps=2, devices=2))
 
 
 def test_many_devices_equal_one_while_k_falls():
@@ -127,11 +126,16 @@ def test_training_goes_on_from_an_sae_that_is_given(normalise):
   x_ND = small.rows(200)
   state = trainer.start(CONFIG, x_ND, 0, normalise=normalise, given=sae.params)
   back = exports.of(CONFIG, state)
-  unit_MD = sae.w_dec_MD / np.linalg.norm(sae.w_dec_MD, axis=1, keepdims=True)
-  np.testing.assert_allclose(back.w_enc_MD, sae.w_enc_MD, rtol=1e-5)
-  np.testing.assert_allclose(back.w_dec_MD, unit_MD, rtol=1e-5)
-  np.testing.assert_allclose(back.b_enc_M, sae.b_enc_M, rtol=1e-5)
+  norm_M1 = np.linalg.norm(sae.w_dec_MD, axis=1, keepdims=True)
+  assert norm_M1.max() > 1.5 * norm_M1.min()
+  np.testing.assert_allclose(back.w_dec_MD, sae.w_dec_MD / norm_M1, rtol=1e-5)
   np.testing.assert_allclose(back.b_dec_D, sae.b_dec_D, rtol=1e-5)
+
+  def every(sae):  # of the latents may fire
+    z_NM = np.maximum((x_ND - sae.b_dec_D) @ sae.w_enc_MD.T + sae.b_enc_M, 0)
+    return z_NM @ sae.w_dec_MD
+
+  np.testing.assert_allclose(every(back), every(sae), rtol=1e-3, atol=1e-4)
 
 
 def test_a_topk_sae_that_is_given_gets_thresholds_for_jumprelu():
