@@ -42,7 +42,7 @@ constexpr int64_t kDepth = 256;            // words of a row at a time: a sliver
                                            // of latents stays in the L1 cache
 constexpr int64_t kBlock = 8 * kRows;      // rows of a tile of pre-activations
 constexpr int64_t kPanel = 256;            // latents of that tile
-constexpr int64_t kChunk = 12 * kBlock;    // rows that one packed panel serves
+constexpr int64_t kChunk = 48 * kBlock;    // rows that one packed panel serves
 
 inline Vec load(const float* at) { return *reinterpret_cast<const Loose*>(at); }
 inline void store(float* at, Vec v) { *reinterpret_cast<Loose*>(at) = v; }
