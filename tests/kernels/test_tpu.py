@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from lmm_sae.kernels import ops, reference, tpu
+from tests.kernels.tpu_cases import cases
 
 N, D, M, K = 11, 21, 700, 5
 
@@ -121,33 +122,16 @@ def test_gradients_equal_the_reference():
   )
 
 
-SHAPES = {  # N, D, M, K of one chip
-  'small': (13, 24, 300, 5),
-  'paper': (512, 4096, 2**17, 256),
-}
+KERNELS = {'encode': 2, 'spmm': 1, 'sddmm': 1, 'spmm_t': 1}  # pallas_calls
 
 
-@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
-@pytest.mark.parametrize('shape', SHAPES)
-def test_every_kernel_lowers_for_a_tpu_and_says_what_it_costs(shape, dtype):
-  rows, width, latents, k = SHAPES[shape]
-  x_ND, w_MD = (
-    jax.ShapeDtypeStruct((n, width), dtype) for n in (rows, latents)
-  )
-  b_M = jax.ShapeDtypeStruct((latents,), 'float32')
-  v_NK, i_NK = (
-    jax.ShapeDtypeStruct((rows, k), t) for t in ('float32', 'int32')
-  )
-  for call, args, count in (
-    (functools.partial(tpu.encode, k=k), (x_ND, w_MD, b_M), 2),
-    (tpu.spmm, (v_NK, i_NK, w_MD), 1),
-    (tpu.sddmm, (x_ND, i_NK, w_MD), 1),
-    (functools.partial(tpu.spmm_t, latents=latents), (v_NK, i_NK, x_ND), 1),
-  ):
-    lowered = jax.jit(call).trace(*args).lower(lowering_platforms=('tpu',))
-    text = lowered.as_text()
-    assert text.count('@tpu_custom_call') == count
-    assert text.count('cost_estimate') == count
+@pytest.mark.parametrize('case', cases(), ids=lambda case: case.name)
+def test_every_kernel_lowers_for_a_tpu_and_says_what_it_costs(case):
+  traced = jax.jit(case.function).trace(*case.args)
+  text = traced.lower(lowering_platforms=('tpu',)).as_text()
+  count = KERNELS[case.name.split(',')[0]]
+  assert text.count('@tpu_custom_call') == count
+  assert text.count('cost_estimate') == count
 
 
 def test_what_does_not_fit_names_the_flag():
