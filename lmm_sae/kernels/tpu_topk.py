@@ -35,6 +35,7 @@ TILE_D = 1024  # bytes of a row of x or w that are multiplied at a time
 SCAN = 32  # blocks of a pass at a time
 ROUGH = 12  # halvings of the bracket over the maxima of groups
 SLOTS = 256  # of the k that are filled at once
+FETCH = 256  # blocks that they are looked for in at once
 PASSES = 12  # over a row, about
 NO_NUMBER = 0x7FFFFFFF  # the largest bits of a float
 
@@ -124,23 +125,30 @@ def select(
   slots = min(SLOTS, up(k, LANES))
   width = up(k, slots)
 
-  def kernel(z, top, bits, idx, low, above, tied, start, extra):
-    for ref in (above, tied, extra):
+  def kernel(z, top, bits, idx, low, above, tied, start, end):
+    for ref in (above, tied):
       ref[...] = jnp.zeros_like(ref)
     low[...] = jnp.broadcast_to(_threshold(z, top, k), (ROWS, LANES))
-    for row in range(ROWS):
-      own_BL = lax.bitcast_convert_type(z[0, :, row], I32)
+
+    def counted(row, _):
+      own_BL = _row(z, row, slice(None))
       least_1L = low[pl.ds(row, 1)]
       above[pl.ds(row, 1), :blocks] = _counts(own_BL > least_1L)
       tied[pl.ds(row, 1), :blocks] = _counts(own_BL == least_1L)
+
+    lax.fori_loop(0, ROWS, counted, None)
     room_R1 = k - jnp.sum(above[...], 1, keepdims=True)
     before_RB = _sums(tied[...]) - tied[...]
     tied[...] = jnp.clip(room_R1 - before_RB, 0, tied[...])
     taken_RB = above[...] + tied[...]
     start[...] = _sums(taken_RB) - taken_RB
-    above[...] = taken_RB
-    for row in range(ROWS):
-      _fill(z, low, above, tied, start, extra, row, slots, bits, idx)
+    end[...] = start[...] + taken_RB
+
+    def filled(at, _):
+      row, part = lax.div(at, width // slots), lax.rem(at, width // slots)
+      _fill(z, low, start, end, tied, row, part * slots, slots, bits, idx)
+
+    lax.fori_loop(0, ROWS * width // slots, filled, None)
 
   bits_NK, idx_NK = call(
     kernel,
@@ -231,69 +239,93 @@ def _threshold(z, top, k):
   return low
 
 
-def _fill(z, low, taken, tied, start, extra, row, slots, bits, idx):
-  """Writes what stands in each slot of a row: bits, and which latent's.
+def _fill(z, low, start, end, tied, row, first, slots, bits, idx):
+  """Writes what stands in some slots of a row: bits, and which latent's.
 
   Args:
     z, low: activations; bits of the threshold.
-    taken: how many of each block are among the k.
-    tied: how many of these are at the threshold.
-    start: how many are in earlier blocks.
-    extra: room for four numbers a block.
+    start, end: which slots are of which block.
+    tied: how many of a block's are at the threshold.
     row: of the 8.
-    slots: that are filled at once.
+    first, slots: that are filled.
     bits, idx: the results.
   """
   blocks = z.shape[1]
-  at = pl.ds(row, 1)
-  start_1B, taken_1B = start[at, :blocks], taken[at, :blocks]
-  end_1B = start_1B + taken_1B
-  own_BL = lax.bitcast_convert_type(z[0, :, row], I32)
-  bytes_BX = jnp.concatenate(
-    [_byte(own_BL, part).astype(BF16) for part in range(4)], 1
+  row_1 = pl.ds(row, 1)
+  step = blocks if blocks % LANES else divisor(blocks, FETCH, LANES)
+  slot_K1 = lax.broadcasted_iota(I32, (slots, 1), 0) + first
+
+  def fetch(at, sums):
+    """Adds what some of the blocks, which have their slots, say."""
+    if step == blocks:
+      here, lanes = slice(None), slice(0, blocks)
+    else:
+      here = pl.ds(pl.multiple_of(at * step, step), step)
+      lanes = here
+    own_BL = _row(z, row, here)
+    bytes_BX = jnp.concatenate(
+      [_byte(own_BL, part).astype(BF16) for part in range(4)], 1
+    )
+    start_1B, end_1B = start[row_1, lanes], end[row_1, lanes]
+    slot = slot_K1.astype(F32)
+    block_KB = _one((start_1B <= slot) & (slot < end_1B))
+    block_1B = lax.broadcasted_iota(I32, (1, step), 1) + at * step
+    start_1I = start_1B.astype(I32)
+    about_RB = _rows(
+      [_byte(start_1I, part) for part in range(3)]
+      + [tied[row_1, lanes]]
+      + [_byte(block_1B, part) for part in range(2)]
+    )
+    return (
+      sums[0] + _dot(block_KB, bytes_BX, 1, 0),
+      sums[1] + _dot(block_KB, about_RB, 1, 1),
+      sums[2] + _dot(about_RB, block_KB, 1, 1),
+    )
+
+  zeros = tuple(
+    jnp.zeros(shape, F32)
+    for shape in ((slots, 4 * LANES), (slots, ROWS), (ROWS, slots))
   )
-  start_1I = start_1B.astype(I32)
-  for part in range(3):
-    extra[pl.ds(part, 1), :blocks] = _byte(start_1I, part)
-  extra[pl.ds(3, 1), :blocks] = tied[at, :blocks]
-  block_1B = lax.broadcasted_iota(I32, (1, blocks), 1)
-  for part in range(2):
-    extra[pl.ds(4 + part, 1), :blocks] = _byte(block_1B, part)
-  extra_RB = extra[:, :blocks].astype(BF16)
-  least_1L = low[at]
-  lane_KL = lax.broadcasted_iota(I32, (slots, LANES), 1)
+  found_KX, about_KR, about_RK = lax.fori_loop(0, blocks // step, fetch, zeros)
+  found_KX, about_RK = found_KX.astype(I32), about_RK.astype(I32)
+  own_KL = _joined([found_KX[:, p * LANES : (p + 1) * LANES] for p in range(4)])
+  start_K1 = _joined([about_KR[:, p : p + 1].astype(I32) for p in range(3)])
+  rank_K1 = (slot_K1 - start_K1).astype(F32)
+  least_1L = low[row_1]
   earlier_LL = _one(
     lax.broadcasted_iota(I32, (LANES, LANES), 0)
     < lax.broadcasted_iota(I32, (LANES, LANES), 1)
   )
+  tied_KL = own_KL == least_1L
+  before_KL = _dot(_one(tied_KL), earlier_LL, 1, 0)
+  kept_KL = (own_KL > least_1L) | (tied_KL & (before_KL < about_KR[:, 3:4]))
+  before_KL = _dot(_one(kept_KL), earlier_LL, 1, 0)
+  hit_KL = kept_KL & (before_KL == rank_K1)
 
-  for first in range(0, bits.shape[1], slots):
-    slot_K1 = lax.broadcasted_iota(I32, (slots, 1), 0) + first
-    slot = slot_K1.astype(F32)
-    block_KB = _one((start_1B <= slot) & (slot < end_1B))
-    found_KX = _dot(block_KB, bytes_BX, 1, 0).astype(I32)
-    own_KL = _joined(
-      [found_KX[:, p * LANES : (p + 1) * LANES] for p in range(4)]
-    )
-    about_KR = _dot(block_KB, extra_RB, 1, 1)
-    start_K1 = _joined([about_KR[:, p : p + 1].astype(I32) for p in range(3)])
-    rank_K1 = (slot_K1 - start_K1).astype(F32)
-    tied_KL = own_KL == least_1L
-    before_KL = _dot(_one(tied_KL), earlier_LL, 1, 0)
-    kept_KL = (own_KL > least_1L) | (tied_KL & (before_KL < about_KR[:, 3:4]))
-    before_KL = _dot(_one(kept_KL), earlier_LL, 1, 0)
-    hit_KL = kept_KL & (before_KL == rank_K1)
+  def sums(number_KL):  # over lanes, as a row [1, K]
+    hit = jnp.where(hit_KL, number_KL, 0.0).astype(BF16)
+    return _dot(jnp.ones((ROWS, LANES), BF16), hit, 1, 1)[:1].astype(I32)
 
-    def row_of(number_KL, hit_KL=hit_KL):  # sums over lanes, as a row [1, K]
-      ones_RL = jnp.ones((ROWS, LANES), BF16)
-      hit = jnp.where(hit_KL, number_KL, 0.0).astype(BF16)
-      return _dot(ones_RL, hit, 1, 1)[:1].astype(I32)
+  to = pl.ds(pl.multiple_of(first, slots), slots)
+  bits[row_1, to] = _joined([sums(_byte(own_KL, p)) for p in range(4)])
+  lane_KL = lax.broadcasted_iota(I32, (slots, LANES), 1).astype(F32)
+  block_1K = _joined([about_RK[4:5], about_RK[5:6]])
+  idx[row_1, to] = block_1K * LANES + sums(lane_KL)
 
-    to = pl.ds(first, slots)
-    bits[at, to] = _joined([row_of(_byte(own_KL, p)) for p in range(4)])
-    about_RK = _dot(extra_RB, block_KB, 1, 1).astype(I32)
-    block_1K = _joined([about_RK[4:5], about_RK[5:6]])
-    idx[at, to] = block_1K * LANES + row_of(lane_KL.astype(F32))
+
+def _row(z, row, blocks):
+  """The bits of one of 8 rows, [B, 128]."""
+  own_B1L = z[0, blocks, pl.ds(row, 1), :]
+  return lax.bitcast_convert_type(own_B1L.reshape(-1, LANES), I32)
+
+
+def _rows(numbers):
+  """Up to 8 rows of numbers [1, B] as a matrix [8, B]."""
+  at_RB = lax.broadcasted_iota(I32, (ROWS, numbers[0].shape[1]), 0)
+  found_RB = jnp.zeros(at_RB.shape, F32)
+  for at, number_1B in enumerate(numbers):
+    found_RB = jnp.where(at_RB == at, number_1B, found_RB)
+  return found_RB.astype(BF16)
 
 
 def _one(mask):
