@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lmm_sae.kernels import ops, reference, tpu
+from lmm_sae.kernels import ops, reference, tpu, tpu_pallas, tpu_topk
+from tests.kernels.tpu_cases import cases
 
 N, D, M, K = 11, 21, 700, 5
 
@@ -40,7 +41,7 @@ def test_thresholds_bracketed_by_groups_are_those_of_whole_rows():
   """As many latents as make groups bound the threshold, and real numbers."""
   rng = np.random.default_rng(1)
   latents, k = 6000, 37
-  assert latents // tpu.TILE_M * tpu.LANES > 2 * k
+  assert latents // tpu_topk.TILE_M * tpu_topk.LANES > 2 * k
   x_ND = jnp.asarray(rng.normal(size=(3, D)), 'float32')
   w_MD = jnp.asarray(rng.normal(size=(latents, D)), 'float32')
   b_M = jnp.asarray(rng.normal(size=latents) - 1, 'float32')
@@ -62,7 +63,7 @@ def test_rows_of_one_value_alone_are_told_apart_by_index():
 
 def test_chunks_of_rows_join_up(monkeypatch):
   x_ND, w_MD, b_M, *_ = inputs(rows=21)
-  monkeypatch.setattr(tpu, 'TILE_N', 8)
+  monkeypatch.setattr(tpu_topk, 'TILE_N', 8)
   monkeypatch.setattr(tpu, 'CHUNK', 8 * 1024)
   got = tpu.encode(x_ND, w_MD, b_M, k=K)
   assert_same(got, reference.encode(x_ND, w_MD, b_M, k=K))
@@ -85,7 +86,7 @@ def test_the_products_equal_the_reference(dtype):
 
 def test_rows_of_more_latents_than_a_buffer_holds_come_in_parts(monkeypatch):
   """Three parts of 128, the last not full."""
-  monkeypatch.setattr(tpu, 'BUFFER', 2 * 128 * 8 * tpu.LANES * 4)
+  monkeypatch.setattr(tpu_pallas, 'BUFFER', 2 * 128 * 8 * 128 * 4)
   x_ND, w_MD, _, v_NK, i_NK = inputs(k=300, rows=3)
   assert_same(tpu.spmm(v_NK, i_NK, w_MD), reference.spmm(v_NK, i_NK, w_MD))
   assert_same(tpu.sddmm(x_ND, i_NK, w_MD), reference.sddmm(x_ND, i_NK, w_MD))
@@ -121,33 +122,16 @@ def test_gradients_equal_the_reference():
   )
 
 
-SHAPES = {  # N, D, M, K of one chip
-  'small': (13, 24, 300, 5),
-  'paper': (512, 4096, 2**17, 256),
-}
+KERNELS = {'encode': 2, 'spmm': 1, 'sddmm': 1, 'spmm_t': 1}  # pallas_calls
 
 
-@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
-@pytest.mark.parametrize('shape', SHAPES)
-def test_every_kernel_lowers_for_a_tpu_and_says_what_it_costs(shape, dtype):
-  rows, width, latents, k = SHAPES[shape]
-  x_ND, w_MD = (
-    jax.ShapeDtypeStruct((n, width), dtype) for n in (rows, latents)
-  )
-  b_M = jax.ShapeDtypeStruct((latents,), 'float32')
-  v_NK, i_NK = (
-    jax.ShapeDtypeStruct((rows, k), t) for t in ('float32', 'int32')
-  )
-  for call, args, count in (
-    (functools.partial(tpu.encode, k=k), (x_ND, w_MD, b_M), 2),
-    (tpu.spmm, (v_NK, i_NK, w_MD), 1),
-    (tpu.sddmm, (x_ND, i_NK, w_MD), 1),
-    (functools.partial(tpu.spmm_t, latents=latents), (v_NK, i_NK, x_ND), 1),
-  ):
-    lowered = jax.jit(call).trace(*args).lower(lowering_platforms=('tpu',))
-    text = lowered.as_text()
-    assert text.count('@tpu_custom_call') == count
-    assert text.count('cost_estimate') == count
+@pytest.mark.parametrize('case', cases(), ids=lambda case: case.name)
+def test_every_kernel_lowers_for_a_tpu_and_says_what_it_costs(case):
+  traced = jax.jit(case.function).trace(*case.args)
+  text = traced.lower(lowering_platforms=('tpu',)).as_text()
+  count = KERNELS[case.name.split(',')[0]]
+  assert text.count('@tpu_custom_call') == count
+  assert text.count('cost_estimate') == count
 
 
 def test_what_does_not_fit_names_the_flag():
