@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterator
 
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, Mesh
 
 from lmm_sae.kernels import cost
 from lmm_sae.sae import data, topology, trainer
@@ -26,7 +26,7 @@ class Share:
     flops: of a chip, counted by `kernels.cost`.
     roofline_s: least seconds of a step by the data sheet; dead_s: the same
       while AuxK trains dead latents.
-    compiled: what the compiler made of it; None where it was not asked.
+    compiled: what a compiler or a kernel says; None where none was asked.
   """
 
   data: int
@@ -36,12 +36,6 @@ class Share:
   roofline_s: float
   dead_s: float
   compiled: Compiled | None
-
-  def fits(self, chip: cost.Device) -> bool:
-    """Whether a chip's memory is enough, as far as is known."""
-    if self.compiled:
-      return not self.compiled.refusal
-    return self.least_bytes <= chip.memory
 
 
 def share(
@@ -64,9 +58,10 @@ def share(
     if sides == own and found:
       continue
     compiled = None
-    if chips.tpu and (which == 'all' or sides == own):
+    if chips.tpu:
       mesh = mesh_lib.make(count, sides[1], devices)
-      compiled = topology.compile_step(sae, options, mesh, chips.chip)
+      every = which == 'all' or sides == own
+      compiled = make(sae, options, mesh, chips.chip if every else None)
     costs, dead = (
       roofline(sae, options, sides, chips.chip, dead=dead)
       for dead in (False, True)
@@ -82,6 +77,17 @@ def share(
       )
     )
   return found
+
+
+def make(
+  sae: SaeConfig, options: TrainConfig, mesh: Mesh, chip: cost.Device | None
+) -> Compiled | None:
+  """The step compiled for a chip; without one, None unless it is refused."""
+  try:
+    step = topology.trace(sae, options, mesh)
+  except NotImplementedError as error:  # of a kernel
+    return Compiled(refusal=str(error))
+  return topology.compile_step(step, chip) if chip else None
 
 
 def grid(options: TrainConfig, count: int) -> tuple[int, int]:
@@ -145,7 +151,11 @@ def roofline(
   *,
   dead: bool,
 ) -> list[cost.Cost]:
-  """The costs of a step on a chip, without and with AuxK's dead latents."""
+  """The costs of a step on a chip, without and with AuxK's dead latents.
+
+  The products of a TPU's kernels are sparse; those for GPUs take the cheaper
+  form.
+  """
   data_axis, latent = sides
   aux = min(config.k_aux, config.latents // latent) if options.auxk else 0
   return cost.train_step(
@@ -154,7 +164,7 @@ def roofline(
     config.latents,
     config.most,
     options.compute,
-    device=chip,
+    device=None if chip.kind.startswith('TPU') else chip,
     data=data_axis,
     latent=latent,
     dead=aux if dead else 0,

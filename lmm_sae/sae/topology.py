@@ -2,7 +2,8 @@
 
     chips = topology.parse('v5p:4x4x4')
     mesh = mesh_lib.make(0, 8, topology.devices(chips))
-    found = topology.compile_step(config, options, mesh, chips.chip)
+    step = topology.trace(config, options, mesh)
+    found = topology.compile_step(step, chips.chip)
 
 The TPU compiler needs a description of the chips, not the chips: libtpu of
 PyPI (extra `tpu-plan`) compiles the trainer's own step from shapes, Pallas
@@ -35,7 +36,7 @@ QUIET = {  # what libtpu reads: no metadata server, no lock, no complaints
   'TPU_WORKER_HOSTNAMES': 'localhost',
   'TPU_ACCELERATOR_TYPE': 'v5p-8',
 }
-FULL = re.compile(r'out of memory [io]n (?:memory space )?hbm.*', re.IGNORECASE)
+FULL = re.compile(r'out of memory [io]n .*', re.IGNORECASE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,16 +168,16 @@ class Compiled:
   refusal: str = ''
 
 
-def compile_step(
-  config: SaeConfig, options: TrainConfig, mesh: Mesh, chip: cost.Device
-) -> Compiled:
-  """The trainer's step, compiled for the devices of a mesh from shapes alone.
+def trace(
+  config: SaeConfig, options: TrainConfig, mesh: Mesh
+) -> jax.stages.Traced:
+  """The trainer's step for the devices of a mesh, from shapes alone.
 
   Raises:
     ValueError: the mesh cannot share it.
+    NotImplementedError: a kernel cannot do the shape of a shard.
   """
   options = dataclasses.replace(options, backend='tpu')
-  step = trainer.make_step(config, options, mesh)
   state = jax.tree.map(
     lambda x, on: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on),
     trainer.shapes(config),
@@ -187,11 +188,14 @@ def compile_step(
     jnp.bfloat16,
     sharding=mesh_lib.sharding(mesh, mesh_lib.ROWS),
   )
+  return trainer.make_step(config, options, mesh).trace(state, batch)
+
+
+def compile_step(step: jax.stages.Traced, chip: cost.Device) -> Compiled:
+  """A step as the TPU compiler makes it for such chips."""
   began = time.monotonic()
   try:
-    made = step.lower(state, batch).compile()
-  except NotImplementedError as error:
-    return Compiled(refusal=str(error))
+    made = step.lower().compile()
   except jax.errors.JaxRuntimeError as error:
     found = FULL.search(str(error))
     if not found:

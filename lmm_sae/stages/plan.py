@@ -33,7 +33,6 @@ from lmm_sae.sae.topology import Topology
 TOKEN_BYTES = 25  # sample, position, token 4 each; kind 1; row, col 2; box 8
 STATE_BYTES = 16  # float32 a parameter: itself, its gradient, two moments
 KEPT_BYTES = 12  # of those, what a checkpoint holds
-DAY_S = 86_400
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,7 +226,6 @@ def chip_lines(
       'latents of a step',
     ),
   ]
-  times = [('roofline', own.roofline_s)]
   if own.compiled is None:
     lines += [
       ('compiled', 'no: there is no compiler for a GPU that is not here;'),
@@ -242,24 +240,7 @@ def chip_lines(
     ]
   else:
     lines += compiled_lines(own, chip)
-    times.append(('compiler', own.compiled.least.seconds))
-  lines += [
-    (
-      'step',
-      f'{1e3 * own.roofline_s:.3g} ms at least by our roofline, '
-      f'{1e3 * own.dead_s:.3g} ms with dead latents',
-    )
-  ]
-  for name, seconds in times:
-    days = seconds * opts.steps * opts.layers / DAY_S
-    lines.append(
-      (
-        name,
-        f'{opts.rows / seconds:,.0f} tokens/s, {days:.3g} days of training',
-      )
-    )
-  lines += [('', ''), ('meshes', 'bytes/chip and ms a step; * is the above')]
-  return lines + [mesh_line(one, chip, one is own) for one in shares]
+  return lines + time_lines(opts, own) + mesh_lines(shares, chip)
 
 
 def compiled_lines(own: Share, chip: cost.Device) -> list[tuple[str, str]]:
@@ -271,7 +252,7 @@ def compiled_lines(own: Share, chip: cost.Device) -> list[tuple[str, str]]:
     ('bytes/chip', f'{size(held.arguments)} state and batch,'),
     ('', f'{size(held.temporaries)} temporaries, {size(held.code)} code:'),
     ('', f'{of(held.total, chip)}'),
-    ('FLOP/chip', f'{made.flops:.3g} a step by the compiler (loops once),'),
+    ('FLOP/chip', f'{made.flops:.3g} by the compiler (of a loop: one turn),'),
     ('', f'{own.flops:.3g} by our count'),
   ]
   for at, one in enumerate(most.collectives):
@@ -282,38 +263,61 @@ def compiled_lines(own: Share, chip: cost.Device) -> list[tuple[str, str]]:
     lines.append(('' if at else 'collectives', text))
   if not most.collectives:
     lines.append(('collectives', 'none'))
-  for name, one in (('no latent dead', least), ('many dead', most)):
-    lines += [
-      ('step', f'{1e3 * one.seconds:.3g} ms by the compiler, {name}:'),
-      (
-        '',
-        f'{1e3 * one.own_s:.3g} its operations, '
-        f'{1e3 * one.kernels_s:.3g} kernels, {1e3 * one.links_s:.3g} links',
-      ),
-    ]
-  if not chip.clock:
-    lines.append(('', f'but no cycles: the clock of {chip.name} is unknown'))
   lines += [
-    ('', f'{most.unpriced} sorts and scatters have no estimate'),
-    ('', f'its optimal_seconds: {made.optimal_s:.4g} (-1 where it has none)'),
+    ('compiler', f'{1e3 * least.own_s:.3g} ms its own operations,'),
+    ('', f'{1e3 * least.kernels_s:.3g} kernels, by their CostEstimate,'),
+    ('', f'{1e3 * least.links_s:.3g} collectives, by our count of bytes;'),
+    ('', f'{least.unpriced} sorts and scatters have no estimate'),
+    ('', f'optimal_seconds: {made.optimal_s:.4g}, with -1 for each unknown'),
   ]
+  if not chip.clock:
+    lines.append(('', f'(cycles of unknown length on {chip.name}: left out)'))
   return lines
 
 
-def mesh_line(one: Share, chip: cost.Device, own: bool) -> tuple[str, str]:
-  """One mesh: compiled, or by arithmetic."""
-  text = f'{"*" if own else " "} {one.data:>4} x {one.latent:<4}'
-  held = one.compiled.memory if one.compiled else None
-  told = 'fits' if one.fits(chip) else 'does not fit'
-  if held:
-    text += f' {size(held.total):>9} compiled, {told},'
-    text += f' {1e3 * one.compiled.least.seconds:>6.3g} compiler,'
-  elif one.compiled:
-    text += f' {told}: {one.compiled.refusal},'
-  else:
-    told = 'may fit' if one.fits(chip) else told
-    text += f' {size(one.least_bytes):>9} at least, {told},'
-  return '', f'{text} {1e3 * one.roofline_s:>6.3g} roofline'
+def time_lines(opts: PlanConfig, own: Share) -> list[tuple[str, str]]:
+  """A step, and all of them: the compiler's estimate beside the roofline."""
+  columns = {'roofline': (own.roofline_s, own.dead_s)}
+  if own.compiled and own.compiled.memory:
+    made = own.compiled
+    columns = {'compiler': (made.least.seconds, made.most.seconds)} | columns
+
+  def row(name, told):
+    return name, ''.join(f'{told(*x):>13}' for x in columns.values())
+
+  return [
+    ('time', ''.join(f'{name:>13}' for name in columns)),
+    row('a step', lambda few, _: f'{1e3 * few:.3g} ms'),
+    row('AuxK, most', lambda _, many: f'{1e3 * many:.3g} ms'),
+    row('tokens/s', lambda few, _: f'{opts.rows / few:,.0f}'),
+    row('training', lambda few, _: span(few * opts.steps * opts.layers)),
+  ]
+
+
+def mesh_lines(shares: list[Share], chip: cost.Device) -> list[tuple[str, str]]:
+  """The meshes that divide rows and latents, and which of them fit."""
+  lines = [('meshes', 'data x latent, bytes/chip, ms a step; * is the above')]
+  for at, one in enumerate(shares):
+    made, text = one.compiled, f'{one.data:>4} x {one.latent:<4}'
+    roofline = f'{1e3 * one.roofline_s:.3g} roofline'
+    if made and made.refusal:
+      text += f'no: {made.refusal.partition(":")[0]}'
+    elif made:
+      text += (
+        f'fits: {size(made.memory.total)} compiled, '
+        f'{1e3 * made.least.seconds:.3g} compiler, {roofline}'
+      )
+    else:
+      told = 'may fit' if one.least_bytes <= chip.memory else 'no'
+      text += f'{told}: {size(one.least_bytes)} at least, {roofline}'
+    lines.append(('', f'{" " if at else "*"} {text}'))
+  return lines
+
+
+def span(seconds: float) -> str:
+  """Hours, or days where they are many."""
+  hours = seconds / 3600
+  return f'{hours:.3g} h' if hours < 48 else f'{hours / 24:.3g} days'
 
 
 def of(count: float, chip: cost.Device) -> str:

@@ -68,7 +68,8 @@ def test_the_step_compiles_and_sends_what_the_arithmetic_says(name):
   assert len(devices) == SHAPES[name]
   assert cost.find(devices[0].device_kind) == chips.chip
   mesh = mesh_lib.make(0, 2, devices)
-  found = topology.compile_step(CONFIG, OPTIONS, mesh, chips.chip)
+  step = topology.trace(CONFIG, OPTIONS, mesh)
+  found = topology.compile_step(step, chips.chip)
   held, shares = found.memory, SHAPES[name] // 2
   own, width = CONFIG.latents // 2, CONFIG.width
   state = 4 * (3 * (2 * own * width + 2 * own + width) + own)
@@ -101,7 +102,8 @@ def test_what_does_not_fit_is_said_in_the_compilers_words():
   chips = topology.parse('v5e:1x1')
   mesh = mesh_lib.make(1, 1, topology.devices(chips))
   config = dataclasses.replace(CONFIG, latents=2**17, width=8192)
-  found = topology.compile_step(config, OPTIONS, mesh, chips.chip)
+  step = topology.trace(config, OPTIONS, mesh)
+  found = topology.compile_step(step, chips.chip)
   assert found.memory is None
   assert 'out of memory' in found.refusal
   assert 'HBM' in found.refusal.upper()
