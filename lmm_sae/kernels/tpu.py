@@ -31,7 +31,7 @@ def encode(
   Raises:
     NotImplementedError: more latents than a row of which fits in VMEM.
   """
-  rows, latents = len(x_ND), len(w_MD)
+  latents = len(w_MD)
   if latents > MOST_LATENTS:
     raise NotImplementedError(
       f'the kernel backend tpu takes up to {MOST_LATENTS} latents on a chip, '
