@@ -130,13 +130,17 @@ def select(
       ref[...] = jnp.zeros_like(ref)
     low[...] = jnp.broadcast_to(_threshold(z, top, k), (ROWS, LANES))
 
-    def counted(row, _):
-      own_BL = _row(z, row, slice(None))
-      least_1L = low[pl.ds(row, 1)]
-      above[pl.ds(row, 1), :blocks] = _counts(own_BL > least_1L)
-      tied[pl.ds(row, 1), :blocks] = _counts(own_BL == least_1L)
+    step, lanes = _blocks(blocks)
 
-    lax.fori_loop(0, ROWS, counted, None)
+    def counted(at, _):
+      row, part = lax.div(at, blocks // step), lax.rem(at, blocks // step)
+      own_BL = _row(z, row, part * step, step)
+      least_1L = low[pl.ds(row, 1)]
+      to = (pl.ds(row, 1), lanes(part))
+      above[to] = _counts(own_BL > least_1L)
+      tied[to] = _counts(own_BL == least_1L)
+
+    lax.fori_loop(0, ROWS * blocks // step, counted, None)
     room_R1 = k - jnp.sum(above[...], 1, keepdims=True)
     before_RB = _sums(tied[...]) - tied[...]
     tied[...] = jnp.clip(room_R1 - before_RB, 0, tied[...])
@@ -152,10 +156,10 @@ def select(
 
   bits_NK, idx_NK = call(
     kernel,
-    (z_nBRL, max_NG),
+    (z_nBRL.reshape(-1, LANES), max_NG),
     grid=(parts,),
     in_specs=[
-      pl.BlockSpec((1, blocks, ROWS, LANES), lambda n: (n, 0, 0, 0)),
+      pl.BlockSpec((blocks * ROWS, LANES), lambda n: (n, 0)),
       pl.BlockSpec((ROWS, groups), lambda n: (n, 0)),
     ],
     out_specs=[pl.BlockSpec((ROWS, width), lambda n: (n, 0))] * 2,
@@ -183,7 +187,7 @@ def _threshold(z, top, k):
   The first is an equality wherever the bisection came across it. It ends
   whatever the bits are: the interval is halved.
   """
-  blocks, groups = z.shape[1], top.shape[1]
+  blocks, groups = z.shape[0] // ROWS, top.shape[1]
 
   def count(size, part, least):
     """How many of each row are at least `least` [8, 1]."""
@@ -201,6 +205,9 @@ def _threshold(z, top, k):
     zeros = jnp.zeros((ROWS, LANES), I32)
     sums = lax.fori_loop(0, size // step, several, zeros)
     return jnp.sum(sums.astype(F32), 1, keepdims=True).astype(I32)
+
+  def of_blocks(at):
+    return z[pl.ds(pl.multiple_of(at * ROWS, ROWS), ROWS)]
 
   def of_groups(at):
     return top[:, pl.ds(pl.multiple_of(at * LANES, LANES), LANES)]
@@ -223,7 +230,7 @@ def _threshold(z, top, k):
   def halve(state):
     low, high, _ = state
     mid = middle(low, high)
-    found = count(blocks, lambda at: z[0, at], mid)
+    found = count(blocks, of_blocks, mid)
     exact = found == k  # then what is above mid - 1 are the k
     more, fewer = found > k, found < k
     low = jnp.where(exact, mid - 1, jnp.where(more, mid, low))
@@ -250,30 +257,25 @@ def _fill(z, low, start, end, tied, row, first, slots, bits, idx):
     first, slots: that are filled.
     bits, idx: the results.
   """
-  blocks = z.shape[1]
+  blocks = z.shape[0] // ROWS
   row_1 = pl.ds(row, 1)
-  step = blocks if blocks % LANES else divisor(blocks, FETCH, LANES)
+  step, lanes = _blocks(blocks)
   slot_K1 = lax.broadcasted_iota(I32, (slots, 1), 0) + first
 
   def fetch(at, sums):
     """Adds what some of the blocks, which have their slots, say."""
-    if step == blocks:
-      here, lanes = slice(None), slice(0, blocks)
-    else:
-      here = pl.ds(pl.multiple_of(at * step, step), step)
-      lanes = here
-    own_BL = _row(z, row, here)
+    own_BL = _row(z, row, at * step, step)
     bytes_BX = jnp.concatenate(
       [_byte(own_BL, part).astype(BF16) for part in range(4)], 1
     )
-    start_1B, end_1B = start[row_1, lanes], end[row_1, lanes]
+    start_1B, end_1B = start[row_1, lanes(at)], end[row_1, lanes(at)]
     slot = slot_K1.astype(F32)
     block_KB = _one((start_1B <= slot) & (slot < end_1B))
     block_1B = lax.broadcasted_iota(I32, (1, step), 1) + at * step
     start_1I = start_1B.astype(I32)
     about_RB = _rows(
       [_byte(start_1I, part) for part in range(3)]
-      + [tied[row_1, lanes]]
+      + [tied[row_1, lanes(at)]]
       + [_byte(block_1B, part) for part in range(2)]
     )
     return (
@@ -313,10 +315,18 @@ def _fill(z, low, start, end, tied, row, first, slots, bits, idx):
   idx[row_1, to] = block_1K * LANES + sums(lane_KL)
 
 
-def _row(z, row, blocks):
-  """The bits of one of 8 rows, [B, 128]."""
-  own_B1L = z[0, blocks, pl.ds(row, 1), :]
-  return lax.bitcast_convert_type(own_B1L.reshape(-1, LANES), I32)
+def _blocks(blocks):
+  """How many blocks to look at at once, and the lanes of the at-th so many."""
+  if blocks % LANES:
+    return blocks, lambda at: slice(0, blocks)
+  step = divisor(blocks, FETCH, LANES)
+  return step, lambda at: pl.ds(pl.multiple_of(at * step, step), step)
+
+
+def _row(z, row, first, blocks):
+  """The bits of one of 8 rows in some blocks, [B, 128]: every 8th sublane."""
+  own_BL = z[pl.ds(first * ROWS + row, blocks, stride=ROWS)]
+  return lax.bitcast_convert_type(own_BL, I32)
 
 
 def _rows(numbers):

@@ -7,7 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lmm_sae.kernels import ops, reference, tpu, tpu_pallas, tpu_topk
+from lmm_sae.kernels import (
+  cost,
+  ops,
+  reference,
+  tpu,
+  tpu_dense,
+  tpu_pallas,
+  tpu_topk,
+)
 from tests.kernels.tpu_cases import cases
 
 N, D, M, K = 11, 21, 700, 5
@@ -101,6 +109,66 @@ def test_many_entries_of_few_latents_are_summed_up():
   assert not np.any(got[10:])
 
 
+@pytest.mark.parametrize('k', [7, 300])
+def test_the_dense_forms_equal_the_reference(monkeypatch, k):
+  """Of bfloat16, whose small numbers make exact sums; repeated indices add."""
+  chip = cost.Device('slow', 'slow', {'bfloat16': 1e30}, 1.0, 1.0)
+  monkeypatch.setattr(tpu, 'device', lambda: chip)
+  monkeypatch.setattr(cost, 'choose', lambda *_: cost.Choice('dense', 1, 0))
+  monkeypatch.setattr(tpu, 'tpu_pallas', None)  # no sparse form runs
+  monkeypatch.setattr(tpu_topk, 'TILE_N', 8)
+  monkeypatch.setattr(tpu, 'CHUNK', 8 * 1024)
+  monkeypatch.setattr(tpu_dense, 'BLOCKS', 8)
+  latents = 2000  # two steps of blocks
+  x_ND, w_MD, _, v_NK, i_NK = inputs('bfloat16', latents=latents, k=k)
+  for name, args, rest in (
+    ('spmm', (v_NK, i_NK, w_MD), {}),
+    ('sddmm', (x_ND, i_NK, w_MD), {}),
+    ('spmm_t', (v_NK, i_NK, x_ND), {'latents': latents}),
+  ):
+    got, want = (
+      jax.jit(functools.partial(getattr(backend, name), **rest))(*args)
+      for backend in (tpu, reference)
+    )
+    assert_same(got, want)
+
+
+def test_numbers_of_many_bits_are_picked_as_they_are():
+  rng = np.random.default_rng(0)
+  z_NM = rng.normal(size=(8, 256)).astype('float32') * 1e9
+  i_NK = rng.integers(256, size=(8, 5)).astype('int32')
+  z_nBRL = jnp.asarray(z_NM.reshape(1, 8, 2, 128).swapaxes(1, 2))
+  got_NK = tpu_dense.pick(z_nBRL, jnp.asarray(i_NK))
+  np.testing.assert_array_equal(got_NK, np.take_along_axis(z_NM, i_NK, 1))
+
+
+def test_the_rule_of_costs_chooses_by_the_chips_of_the_mesh(monkeypatch):
+  low = jax.ShapeDtypeStruct((1, 4096), jnp.bfloat16)
+  assert tpu.form('spmm', low, 8192, 256, 1024) == 'sparse'  # a CPU
+  for name in ('v4', 'v5e', 'v5p'):
+    monkeypatch.setattr(tpu, 'device', lambda n=name: cost.DEVICES[n])
+    for product in cost.PRODUCTS:
+      assert tpu.form(product, low, 8192, 256, 2**17) == 'sparse'
+      assert tpu.form(product, low, 8192, 256, 2**14) == 'dense'
+    wide = jax.ShapeDtypeStruct((1, 4096), jnp.float32)
+    assert tpu.form('spmm', wide, 8192, 256, 2**14) == 'sparse'
+
+
+def test_what_is_not_a_number_is_selected_first_and_stays_in_its_row():
+  x_ND, w_MD, b_M, *_ = inputs(rows=5)
+  x_ND = x_ND.at[1, 2].set(jnp.nan).at[3, 4].set(jnp.inf)
+  b_M = b_M.at[650].set(jnp.nan).at[33].set(jnp.inf)
+  got = tpu.encode(x_ND, w_MD, b_M, k=K)
+  want = reference.encode(x_ND, w_MD, b_M, k=K)
+  assert np.isnan(want[0][0, 0])
+  assert np.isinf(want[0][0, 1])
+  assert_same(
+    [a[jnp.array([0, 2, 4])] for a in got],
+    [a[jnp.array([0, 2, 4])] for a in want],
+  )
+  assert np.isnan(got[0][1]).all()
+
+
 def test_gradients_equal_the_reference():
   x_ND, w_MD, b_M, *_ = inputs(rows=3, latents=40)
 
@@ -122,14 +190,16 @@ def test_gradients_equal_the_reference():
   )
 
 
-KERNELS = {'encode': 2, 'spmm': 1, 'sddmm': 1, 'spmm_t': 1}  # pallas_calls
+def calls(name):
+  """pallas_calls of a kernel."""
+  return 2 if name.startswith('encode') else 1
 
 
 @pytest.mark.parametrize('case', cases(), ids=lambda case: case.name)
 def test_every_kernel_lowers_for_a_tpu_and_says_what_it_costs(case):
   traced = jax.jit(case.function).trace(*case.args)
   text = traced.lower(lowering_platforms=('tpu',)).as_text()
-  count = KERNELS[case.name.split(',')[0]]
+  count = calls(case.name)
   assert text.count('@tpu_custom_call') == count
   assert text.count('cost_estimate') == count
 

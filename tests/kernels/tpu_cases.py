@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import jax
 
-from lmm_sae.kernels import tpu
+from lmm_sae.kernels import tpu, tpu_dense
 
 SHAPES = {  # N, D, M, K of one chip
   'odd': (13, 24, 300, 5),
@@ -54,4 +54,17 @@ def _kernels(n, d, m, k, dtype):
     'spmm': (tpu.spmm, (v_NK, i_NK, w_MD)),
     'sddmm': (tpu.sddmm, (x_ND, i_NK, w_MD)),
     'spmm_t': (functools.partial(tpu.spmm_t, latents=m), (v_NK, i_NK, x_ND)),
+    **(_dense(n, m, k) if dtype == 'bfloat16' else {}),
+  }
+
+
+def _dense(n, m, k):
+  """What the dense forms have beside encode's product, a chunk of rows each."""
+  n, blocks = min(-(-n // 8) * 8, 1024), -(-m // 1024) * 8
+  v_NK, i_NK = (jax.ShapeDtypeStruct((n, k), t) for t in ('float32', 'int32'))
+  z_nBRL = jax.ShapeDtypeStruct((n // 8, blocks, 8, 128), 'float32')
+  spread = functools.partial(tpu_dense.spread, latents=blocks * 128)
+  return {
+    'spread': (spread, (v_NK, i_NK)),
+    'pick': (tpu_dense.pick, (z_nBRL, i_NK)),
   }
