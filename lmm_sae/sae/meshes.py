@@ -153,18 +153,19 @@ def roofline(
 ) -> list[cost.Cost]:
   """The costs of a step on a chip, without and with AuxK's dead latents.
 
-  The products of a TPU's kernels are sparse; those for GPUs take the cheaper
-  form.
+  Products take the form that is cheaper on the chip, as the kernels do, but
+  for those of float32 on a TPU, which are sparse.
   """
   data_axis, latent = sides
   aux = min(config.k_aux, config.latents // latent) if options.auxk else 0
+  tpu = chip.kind.startswith('TPU')
   return cost.train_step(
     options.rows,
     config.width,
     config.latents,
     config.most,
     options.compute,
-    device=None if chip.kind.startswith('TPU') else chip,
+    device=None if tpu and options.compute == 'float32' else chip,
     data=data_axis,
     latent=latent,
     dead=aux if dead else 0,
