@@ -36,8 +36,8 @@ def make(
     found: what to take them from; (): what this run has.
 
   Raises:
-    ValueError: there are fewer, `latent` does not divide them, or some process
-      of several would have none.
+    ValueError: there are fewer, `latent` does not divide them, some process of
+      several would have none, or those of TPUs do not make a torus.
   """
   found = found or jax.devices()
   sides = shape(devices, latent, len(found), f'{found[0].platform} device')
@@ -47,9 +47,15 @@ def make(
       f'train.devices is {devices}, but the {jax.process_count()} processes of '
       f'this run have {len(found)}: set it to 0, all of them'
     )
-  grid = mesh_utils.create_device_mesh(
-    sides, found[:devices], allow_split_physical_axes=True
-  )
+  try:
+    grid = mesh_utils.create_device_mesh(
+      sides, found[:devices], allow_split_physical_axes=True
+    )
+  except AssertionError as error:  # jax's, of TPUs
+    raise ValueError(
+      f'train.devices is {devices}, but the first {devices} of these '
+      f'{len(found)} chips are no torus: set it to 0, all of them'
+    ) from error
   return Mesh(grid, (DATA, LATENT), axis_types=(AxisType.Auto, AxisType.Auto))
 
 

@@ -25,6 +25,7 @@ from lmm_sae.core import host
 from lmm_sae.core.workdir import Workdir
 from lmm_sae.kernels import cost
 from lmm_sae.sae import meshes, topology
+from lmm_sae.sae.hlo import Program
 from lmm_sae.sae.meshes import Share
 from lmm_sae.sae.model import SaeConfig
 from lmm_sae.sae.options import TrainConfig
@@ -185,7 +186,7 @@ def gpu(plan: ConfigDict) -> cost.Device | None:
 def store_lines(opts: PlanConfig, plan: Plan) -> list[tuple[str, str]]:
   """What the data set and the SAE are."""
   return [
-    ('rows', f'{plan.rows:,} ({opts.samples:,} samples, {opts.tokens} each)'),
+    ('tokens', f'{plan.rows:,} ({opts.samples:,} samples, {opts.tokens} each)'),
     ('store', f'{size(plan.store_bytes)} (bf16, layers: {opts.layers})'),
     ('SAE', f'{plan.parameters:,} parameters a layer'),
     ('', f'D={opts.width}, M={opts.latents}, K={opts.k}'),
@@ -255,18 +256,13 @@ def compiled_lines(own: Share, chip: cost.Device) -> list[tuple[str, str]]:
     ('FLOP/chip', f'{made.flops:.3g} by the compiler (of a loop: one turn),'),
     ('', f'{own.flops:.3g} by our count'),
   ]
-  for at, one in enumerate(most.collectives):
-    text = (
-      f'{one.kind}: {one.count} a step, {size(one.bytes)} of results, '
-      f'{size(one.sent)} over links'
-    )
-    lines.append(('' if at else 'collectives', text))
-  if not most.collectives:
-    lines.append(('collectives', 'none'))
+  lines += sent_lines('collectives', least)
+  if most.collectives != least.collectives:
+    lines += sent_lines('AuxK, most', most)
   lines += [
     ('compiler', f'{1e3 * least.own_s:.3g} ms its own operations,'),
     ('', f'{1e3 * least.kernels_s:.3g} kernels, by their CostEstimate,'),
-    ('', f'{1e3 * least.links_s:.3g} collectives, by our count of bytes;'),
+    ('', f'{1e3 * least.links_s:.3g} links, at their bandwidth;'),
     ('', f'{least.unpriced} sorts and scatters have no estimate'),
     ('', f'optimal_seconds: {made.optimal_s:.4g}, with -1 for each unknown'),
   ]
@@ -275,8 +271,22 @@ def compiled_lines(own: Share, chip: cost.Device) -> list[tuple[str, str]]:
   return lines
 
 
+def sent_lines(title: str, found: Program) -> list[tuple[str, str]]:
+  """The collectives of a step."""
+  told = [
+    f'{one.kind}: {one.count} a step, {size(one.bytes)} of results, '
+    f'{size(one.sent)} over links'
+    for one in found.collectives
+  ] or ['none']
+  return [('' if at else title, text) for at, text in enumerate(told)]
+
+
 def time_lines(opts: PlanConfig, own: Share) -> list[tuple[str, str]]:
-  """A step, and all of them: the compiler's estimate beside the roofline."""
+  """A step, and all of them: the compiler's estimate beside the roofline.
+
+  `AuxK, most` is a step in which so many latents are dead that it has to
+  select among them.
+  """
   columns = {'roofline': (own.roofline_s, own.dead_s)}
   if own.compiled and own.compiled.memory:
     made = own.compiled

@@ -98,6 +98,14 @@ def test_a_mesh_may_split_a_side_of_the_torus():
 
 
 @pytest.mark.tpu_compile
+def test_chips_of_a_mesh_must_be_a_torus_of_their_own():
+  devices = topology.devices(topology.parse('v5e:2x2'))
+  assert mesh_lib.make(2, 1, devices).size == 2
+  with pytest.raises(ValueError, match='the first 3 of these 4 chips'):
+    mesh_lib.make(3, 1, devices)
+
+
+@pytest.mark.tpu_compile
 def test_what_does_not_fit_is_said_in_the_compilers_words():
   chips = topology.parse('v5e:1x1')
   mesh = mesh_lib.make(1, 1, topology.devices(chips))

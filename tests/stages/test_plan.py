@@ -126,7 +126,7 @@ def test_a_gpu_is_planned_for_by_arithmetic_and_said_so(
   speed = 73_600 / own['roofline_s']
   assert f'{speed:,.0f}' in text
   assert plan.span(24_000 * own['roofline_s']) in text
-  assert '1,791,700,000 (779,000 samples' in text
+  assert 'tokens       1,791,700,000 (779,000 samples' in text
 
 
 def test_a_mesh_that_needs_more_than_a_chip_has_does_not_fit(paper, capsys):
