@@ -146,6 +146,10 @@ def test_numbers_of_many_bits_are_picked_as_they_are():
 def test_the_rule_of_costs_chooses_by_the_chips_of_the_mesh(monkeypatch):
   low = jax.ShapeDtypeStruct((1, 4096), jnp.bfloat16)
   assert tpu.form('spmm', low, 8192, 256, 1024) == 'sparse'  # a CPU
+  chip = jax.sharding.AbstractDevice('TPU v5 lite', 1, 'tpu')
+  mesh = jax.sharding.AbstractMesh((2,), ('data',), abstract_device=chip)
+  with jax.sharding.use_abstract_mesh(mesh):
+    assert tpu.device() is cost.DEVICES['v5e']
   for name in ('v4', 'v5e', 'v5p'):
     monkeypatch.setattr(tpu, 'device', lambda n=name: cost.DEVICES[n])
     for product in cost.PRODUCTS:
