@@ -4,10 +4,10 @@ encode is a product tile by tile and an exact selection (`tpu_topk`), a chunk of
 rows at a time. A product over K latents a row copies K rows from HBM
 (`tpu_pallas`) or, where the rule of `cost` says that this is faster on the chip
 and the inputs are bfloat16, is a dense product of XLA with the code spread out
-by the matrix unit (`tpu_dense`), in bfloat16 too. On v4, v5e and v5p the paper's
-rows are copied where a chip holds all latents, and multiplied where eight chips
-share them. float32 is always copied, since a pass of bfloat16 would round it,
-as is everything on a chip that is not in `cost.DEVICES`.
+by the matrix unit (`tpu_dense`), in bfloat16 too. On v4, v5e and v5p rows of
+the paper's decoder are copied where a chip holds all latents, and multiplied
+where eight chips share them. float32 is always copied, since a pass of bfloat16
+would round it, as is everything on a chip that is not in `cost.DEVICES`.
 
 The SparseCore is not used. It could start the copies, which takes the scalar
 core some 8 bundles of instructions a row of 8 KiB, as the compiler schedules

@@ -13,6 +13,10 @@ a one-hot matrix fetches these blocks for all slots at once, byte by byte, which
 is exact in bfloat16, and a second count finds the lane. XLA sorts the k.
 
 NaN counts as the largest number, as it does for lax.top_k.
+
+For 131,072 latents and k = 256 the compiler schedules some 63,000 bundles for 8
+rows on a v5e, with 12 halvings: 5.2 µs a row at 1.5 GHz, which is about what
+the product takes there (5.4 µs at its peak). It is a count, not a measurement.
 """
 
 import jax

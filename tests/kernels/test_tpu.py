@@ -63,8 +63,9 @@ def test_thresholds_bracketed_by_groups_are_those_of_whole_rows():
 
 def test_rows_of_one_value_alone_are_told_apart_by_index():
   w_MD, x_ND = jnp.zeros((M, D)), jnp.ones((2, D))
+  encode = jax.jit(functools.partial(tpu.encode, k=K))
   for bias in (-1.0, 0.0, 3.0):
-    vals_NK, idx_NK = tpu.encode(x_ND, w_MD, jnp.full(M, bias), k=K)
+    vals_NK, idx_NK = encode(x_ND, w_MD, jnp.full(M, bias))
     np.testing.assert_array_equal(vals_NK, np.full((2, K), max(bias, 0)))
     np.testing.assert_array_equal(idx_NK, [np.arange(K)] * 2)
 
@@ -145,6 +146,10 @@ def test_numbers_of_many_bits_are_picked_as_they_are():
 def test_the_rule_of_costs_chooses_by_the_chips_of_the_mesh(monkeypatch):
   low = jax.ShapeDtypeStruct((1, 4096), jnp.bfloat16)
   assert tpu.form('spmm', low, 8192, 256, 1024) == 'sparse'  # a CPU
+  chip = jax.sharding.AbstractDevice('TPU v5 lite', 1, 'tpu')
+  mesh = jax.sharding.AbstractMesh((2,), ('data',), abstract_device=chip)
+  with jax.sharding.use_abstract_mesh(mesh):
+    assert tpu.device() is cost.DEVICES['v5e']
   for name in ('v4', 'v5e', 'v5p'):
     monkeypatch.setattr(tpu, 'device', lambda n=name: cost.DEVICES[n])
     for product in cost.PRODUCTS:
@@ -158,7 +163,7 @@ def test_what_is_not_a_number_is_selected_first_and_stays_in_its_row():
   x_ND, w_MD, b_M, *_ = inputs(rows=5)
   x_ND = x_ND.at[1, 2].set(jnp.nan).at[3, 4].set(jnp.inf)
   b_M = b_M.at[650].set(jnp.nan).at[33].set(jnp.inf)
-  got = tpu.encode(x_ND, w_MD, b_M, k=K)
+  got = jax.jit(functools.partial(tpu.encode, k=K))(x_ND, w_MD, b_M)
   want = reference.encode(x_ND, w_MD, b_M, k=K)
   assert np.isnan(want[0][0, 0])
   assert np.isinf(want[0][0, 1])
