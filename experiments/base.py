@@ -155,6 +155,13 @@ def get_config() -> ConfigDict:
         'width': 0,  # D; 0: from the config.json of lmm.path
         'devices': 1,  # that share the SAE and its rows
         'tflops': 0.0,  # TFLOP/s one device sustains; 0: no hours are told
+        'topology': '',  # chips to plan for: v5p:4x4x4, v5e:4x4, h100:8, gpu:8
+        'meshes': 'one',  # that are compiled: one (the run's), all that divide
+        'gpu_memory': 0.0,  # GB of a chip of topology gpu:N
+        'gpu_bandwidth': 0.0,  # GB/s of its memory
+        'gpu_tflops': 0.0,  # TFLOP/s of its bfloat16 products, data sheet
+        'gpu_link': 0.0,  # GB/s to other chips, both ways; 0: not counted
+        'out': '',  # JSON file that the plan is written to; '': none
       },
       'server': {
         'url': '',  # of a running `lmm-sae serve`; '': one is started

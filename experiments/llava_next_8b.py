@@ -4,7 +4,8 @@ arXiv 2411.14982, sections 3 and 4. What differs from it stands beside the
 field. Needs GPUs for the subject, GPUs or TPUs for the SAE, and an explainer
 behind any OpenAI-compatible URL:
 
-lmm-sae plan --config=experiments/llava_next_8b.py --config.plan.tflops=N
+lmm-sae plan --config=experiments/llava_next_8b.py \\
+  --config.plan.topology=v5p:4x4x4
 lmm-sae STAGE --config=experiments/llava_next_8b.py --workdir=DIR \\
   --config.lmm.path=MODEL_FOLDER --config.data.path=llava_next.json \\
   --config.data.image_root=IMAGES --config.explain.base_url=http://HOST:8000/v1
@@ -44,6 +45,9 @@ def get_config() -> ConfigDict:
   config.train.decay_from = 1000 / 24_000  # linear from the end of warm-up
   config.train.auxk = 1 / 32  # the paper's text; its command leaves it off
   config.train.save_every = 500
+  config.train.compute = 'bfloat16'  # of products; sums are float32
+  config.train.devices = 0  # all; on 64 chips of a v5p a mesh of 8 x 8, which
+  config.train.latent_shards = 8  # also holds 2**20 latents; 1 GPU: set it to 1
   config.train.data_shares = 64  # of 1150 rows; a v5p of 64 chips has 16 hosts
   config.train.pool_blocks = 512  # of as many samples: 1 GB
 

@@ -42,6 +42,7 @@ class Device:
     bandwidth: of its memory, bytes/s.
     memory: bytes.
     link: to other chips, all links and both directions, bytes/s; 0: unknown.
+    clock: Hz, in which a TPU's compiler counts; 0: unknown.
   """
 
   name: str
@@ -50,24 +51,37 @@ class Device:
   bandwidth: float
   memory: float
   link: float = 0.0
+  clock: float = 0.0
 
 
-def _device(name, kind, matrix, tf32, vector, bandwidth, memory, link):
+def _device(
+  name, kind, matrix, tf32, vector, bandwidth, memory, link, clock=0.0
+):
   flops = {'bfloat16': matrix * 1e12, 'float32': tf32 * 1e12}
   if vector:
     flops[VECTOR] = vector * 1e12
-  return Device(name, kind, flops, bandwidth * 1e9, memory * 1e9, link * 1e9)
+  return Device(
+    name,
+    kind,
+    flops,
+    bandwidth * 1e9,
+    memory * 1e9,
+    link * 1e9,
+    clock * 1e9,
+  )
 
 
-DEVICES = {  # TFLOP/s of bfloat16, float32, vector; GB/s; GB; GB/s of links
+# TFLOP/s of bfloat16, float32, vector; GB/s; GB; GB/s of links; GHz, which is
+# the peak over what 4 matrix units of 128 x 128 a core do in a cycle.
+DEVICES = {
   device.name: device
   for device in (
     _device('a100', 'NVIDIA A100', 312, 156, 19.5, 2039, 80, 600),
     _device('h100', 'NVIDIA H100', 989.4, 494.7, 66.9, 3350, 80, 900),
     _device('h200', 'NVIDIA H200', 989.4, 494.7, 66.9, 4800, 141, 900),
-    _device('v4', 'TPU v4', 275, 275, 0, 1228, 34.36, 600),
-    _device('v5e', 'TPU v5 lite', 197, 197, 0, 819, 17.18, 400),
-    _device('v5p', 'TPU v5', 459, 459, 0, 2765, 102, 1200),
+    _device('v4', 'TPU v4', 275, 275, 0, 1228, 34.36, 600, 1.05),
+    _device('v5e', 'TPU v5 lite', 197, 197, 0, 819, 17.18, 400, 1.5),
+    _device('v5p', 'TPU v5', 459, 459, 0, 2765, 102, 1200, 1.75),
     _device('v6e', 'TPU v6', 918, 918, 0, 1638, 34.36, 800),
   )
 }
