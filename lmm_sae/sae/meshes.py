@@ -37,6 +37,12 @@ class Share:
   dead_s: float
   compiled: Compiled | None
 
+  def fits(self, chip: cost.Device) -> bool:
+    """Whether a chip's memory is enough, as far as is known."""
+    if self.compiled:
+      return not self.compiled.refusal
+    return self.least_bytes <= chip.memory
+
 
 def share(
   sae: SaeConfig, options: TrainConfig, chips: Topology, which: str

@@ -141,7 +141,12 @@ def reckon(opts: PlanConfig) -> Plan:
 
 
 def run(config: ConfigDict, workdir: Workdir) -> None:
-  """Prints the plan; plan.out names a JSON file for it."""
+  """Prints the plan; plan.out names a JSON file for it.
+
+  Raises:
+    ValueError: the chips cannot share the step, or it does not fit on them;
+      then what is known is printed first.
+  """
   del workdir  # nothing in it is read or written
   opts = PlanConfig.of(config)
   plan = reckon(opts)
@@ -164,8 +169,14 @@ def run(config: ConfigDict, workdir: Workdir) -> None:
   for name, text in lines:
     print(f'{name:<12} {text}')
   if config.plan.out:
-    found = json.dumps(found, default=dataclasses.asdict, indent=1)
-    pathlib.Path(config.plan.out).write_text(found + '\n')
+    text = json.dumps(found, default=dataclasses.asdict, indent=1)
+    pathlib.Path(config.plan.out).write_text(text + '\n')
+  if 'shares' in found and not found['shares'][0].fits(chips.chip):
+    raise ValueError(
+      f'the step does not fit on {chips.name} as the config shares it: take '
+      'one of the meshes above that do, by train.devices and '
+      'train.latent_shards, or more chips'
+    )
 
 
 def gpu(plan: ConfigDict) -> cost.Device | None:
@@ -318,7 +329,7 @@ def mesh_lines(shares: list[Share], chip: cost.Device) -> list[tuple[str, str]]:
         f'{1e3 * made.least.seconds:.3g} compiler, {roofline}'
       )
     else:
-      told = 'may fit' if one.least_bytes <= chip.memory else 'no'
+      told = 'may fit' if one.fits(chip) else 'no'
       text += f'{told}: {size(one.least_bytes)} at least, {roofline}'
     lines.append(('', f'{" " if at else "*"} {text}'))
   return lines

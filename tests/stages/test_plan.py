@@ -136,6 +136,25 @@ def test_a_mesh_that_needs_more_than_a_chip_has_does_not_fit(paper, capsys):
   assert '     8 x 1   no: ' in text
 
 
+def test_a_step_that_does_not_fit_is_an_error_after_the_plan(paper, capsys):
+  paper.train.latent_shards = 1
+  paper.sae.latents = 2**20
+  with pytest.raises(ValueError, match='does not fit on gpu:8 as the config'):
+    plan.run(paper, Workdir.of('unused'))
+  text = capsys.readouterr().out
+  assert '*    8 x 1   no: ' in text
+  assert '     1 x 8   may fit' in text
+
+
+@pytest.mark.tpu_compile
+def test_a_kernel_that_refuses_its_shard_is_heard(config, capsys):
+  config.plan.topology = 'v5p:2x2x1'
+  config.sae.latents = 2**18
+  with pytest.raises(ValueError, match='does not fit on v5p:2x2x1'):
+    plan.run(config, Workdir.of('unused'))
+  assert 'no: the kernel backend tpu takes up to' in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
   ('fields', 'message'),
   [
