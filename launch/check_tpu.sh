@@ -5,8 +5,9 @@
 #   bash launch/check_tpu.sh        in a checkout that has a .venv (setup.sh)
 #
 # prints a line for each kernel on a v4, a v5e and a v5p, then what the step
-# takes on 64 chips of a v5p. The compiler (0.7 GB) is installed into .venv if
-# it is missing. On a host that has a TPU, the tests marked `tpu` run as well.
+# takes on 64 chips of a v5p. The compiler (0.7 GB) is put into a folder of its
+# own if it is missing: where it can be imported, jax looks for TPUs first. On a
+# host that has a TPU, the tests marked `tpu` run as well.
 # Ends 0 only if everything compiled.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -16,11 +17,14 @@ python=.venv/bin/python
   echo 'check_tpu: no .venv: run launch/setup.sh first' >&2
   exit 1
 }
-has() { "$python" -c "import $1" 2> /dev/null; }
-has libtpu ||
-  "$python" -m pip install --quiet --disable-pip-version-check \
-    --constraint constraints.txt --editable '.[tpu-plan]' ||
-  { echo 'check_tpu: pip could not install the extra tpu-plan' >&2; exit 1; }
+if ! "$python" -c 'import libtpu' 2> /dev/null; then
+  compiler=.venv/tpu-plan
+  [[ -d $compiler/libtpu ]] ||
+    "$python" -m pip install --quiet --disable-pip-version-check --no-deps \
+      --target "$compiler" "$(grep -o 'libtpu==[0-9.]*' setup.cfg)" ||
+    { echo 'check_tpu: pip could not install libtpu' >&2; exit 1; }
+  export PYTHONPATH=$PWD/$compiler JAX_PLATFORMS=cpu
+fi
 
 "$python" -m pytest -m tpu_compile -v --timeout 1800 "$@"
 
