@@ -20,23 +20,10 @@ from lmm_sae.core.workdir import Workdir
 from lmm_sae.sae import checkpoint, exports
 from lmm_sae.stages import train
 from tests import processes
-from tests.sae import small, small_config
+from tests.sae import small_config
 from tests.sae.small import LAYER
 
 CLOSE = {'rtol': 0, 'atol': 1e-4}  # weights are of about 1
-
-
-@pytest.fixture(scope='module')
-def acts(tmp_path_factory) -> pathlib.Path:
-  path = tmp_path_factory.mktemp('acts')
-  small.write_store(path / 'train')
-  return path
-
-
-@pytest.fixture(scope='module')
-def cache(tmp_path_factory) -> pathlib.Path:
-  """Compiled programs, which the runs of this module share."""
-  return tmp_path_factory.mktemp('cache')
 
 
 @pytest.fixture

@@ -21,19 +21,6 @@ STEPS = small.TRAIN.steps
 
 
 @pytest.fixture(scope='module')
-def acts(tmp_path_factory) -> pathlib.Path:
-  path = tmp_path_factory.mktemp('acts')
-  small.write_store(path / 'train')
-  return path
-
-
-@pytest.fixture(scope='module')
-def cache(tmp_path_factory) -> pathlib.Path:
-  """Compiled programs, which the runs of this module share."""
-  return tmp_path_factory.mktemp('cache')
-
-
-@pytest.fixture(scope='module')
 def whole(tmp_path_factory, acts) -> pathlib.Path:
   """The workdir of a run that nobody disturbed; do not change it."""
   path = tmp_path_factory.mktemp('whole')
