@@ -12,37 +12,6 @@ using S32 = ffi::Buffer<ffi::S32>;
 using OutF32 = ffi::ResultBuffer<ffi::F32>;
 using OutS32 = ffi::ResultBuffer<ffi::S32>;
 
-ffi::Error encode(ffi::ThreadPool pool, F32 x, F32 w, F32 b, OutF32 vals,
-                  OutS32 idx, bool screen) {
-  int64_t rows = x.dimensions()[0], width = x.dimensions()[1];
-  int64_t latents = w.dimensions()[0], k = vals->dimensions()[1];
-  const float *xs = x.typed_data(), *ws = w.typed_data(), *bs = b.typed_data();
-  float* values = vals->typed_data();
-  int32_t* indices = idx->typed_data();
-  int64_t threads = std::max<int64_t>(pool.num_threads(), 1);
-  int64_t chunk = std::min(kChunk, up((rows + threads - 1) / threads, kBlock));
-#ifndef __AVX512BF16__
-  if (screen) {
-    return ffi::Error(ffi::ErrorCode::kUnimplemented,
-                      "this processor has no AVX512_BF16");
-  }
-#endif
-  parallel(pool, (rows + chunk - 1) / chunk, [=](int64_t c) {
-    int64_t n = c * chunk, count = std::min(chunk, rows - n);
-    const float* own = xs + n * width;
-    float* vals = values + n * k;
-    int32_t* idx = indices + n * k;
-#ifdef __AVX512BF16__
-    if (screen &&
-        encode_screened(own, ws, bs, count, latents, width, k, vals, idx)) {
-      return;
-    }
-#endif
-    encode_full(own, ws, bs, count, latents, width, k, vals, idx);
-  });
-  return ffi::Error::Success();
-}
-
 constexpr int64_t kTask = 64;  // rows of a task of the sparse products
 
 // Calls work(n) for every row, kTask rows a task.
@@ -52,6 +21,82 @@ void by_rows(ffi::ThreadPool& pool, int64_t rows,
     int64_t end = std::min(rows, (task + 1) * kTask);
     for (int64_t n = task * kTask; n < end; ++n) work(n);
   });
+}
+
+// The k best of some latents for some rows.
+void best(const float* x, const float* w, const float* b, int64_t rows,
+          int64_t latents, int64_t width, int64_t k, bool screen, float* values,
+          int32_t* indices) {
+#ifdef __AVX512BF16__
+  if (screen &&
+      encode_screened(x, w, b, rows, latents, width, k, values, indices)) {
+    return;
+  }
+#endif
+  encode_full(x, w, b, rows, latents, width, k, values, indices);
+}
+
+// Few rows: each thread packs and multiplies a part of the latents, since packing
+// all of them would take it longer than the products.
+void best_of_parts(ffi::ThreadPool& pool, const float* x, const float* w,
+                   const float* b, int64_t rows, int64_t latents, int64_t width,
+                   int64_t k, bool screen, int64_t parts, float* values,
+                   int32_t* indices) {
+  int64_t part = up((latents + parts - 1) / parts, kPanel);
+  auto own = [=](int64_t p) {  // how many of its latents part p finds
+    return std::clamp<int64_t>(latents - p * part, 0, std::min(k, part));
+  };
+  std::vector<std::vector<float>> found(parts);
+  std::vector<std::vector<int32_t>> at(parts);
+  parallel(pool, parts, [&](int64_t p) {
+    if (own(p) == 0) return;
+    int64_t m = p * part, some = std::min(part, latents - m);
+    found[p].resize(rows * own(p));
+    at[p].resize(rows * own(p));
+    best(x, w + m * width, b + m, rows, some, width, own(p), screen,
+         found[p].data(), at[p].data());
+  });
+  by_rows(pool, rows, [&](int64_t n) {
+    std::vector<uint64_t> keys;
+    for (int64_t p = 0; p < parts; ++p) {
+      for (int64_t j = n * own(p); j < (n + 1) * own(p); ++j) {
+        float value = found[p][j];
+        if (!(value <= 0.f)) keys.push_back(key(value, at[p][j] + p * part));
+      }
+    }
+    write(keys, k, values + n * k, indices + n * k);
+  });
+}
+
+constexpr int64_t kFew = 512;  // rows
+
+ffi::Error encode(ffi::ThreadPool pool, F32 x, F32 w, F32 b, OutF32 vals,
+                  OutS32 idx, bool screen) {
+  int64_t rows = x.dimensions()[0], width = x.dimensions()[1];
+  int64_t latents = w.dimensions()[0], k = vals->dimensions()[1];
+  const float *xs = x.typed_data(), *ws = w.typed_data(), *bs = b.typed_data();
+  float* values = vals->typed_data();
+  int32_t* indices = idx->typed_data();
+#ifndef __AVX512BF16__
+  if (screen) {
+    return ffi::Error(ffi::ErrorCode::kUnimplemented,
+                      "this processor has no AVX512_BF16");
+  }
+#endif
+  int64_t threads = std::max<int64_t>(pool.num_threads(), 1);
+  int64_t parts = std::min(threads, latents / kPanel);
+  if (rows <= kFew && parts > 1) {
+    best_of_parts(pool, xs, ws, bs, rows, latents, width, k, screen, parts,
+                  values, indices);
+    return ffi::Error::Success();
+  }
+  int64_t chunk = std::min(kChunk, up((rows + threads - 1) / threads, kBlock));
+  parallel(pool, (rows + chunk - 1) / chunk, [=](int64_t c) {
+    int64_t n = c * chunk, count = std::min(chunk, rows - n);
+    best(xs + n * width, ws, bs, count, latents, width, k, screen,
+         values + n * k, indices + n * k);
+  });
+  return ffi::Error::Success();
 }
 
 ffi::Error outside() {

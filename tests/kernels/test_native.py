@@ -53,6 +53,8 @@ def check(x_ND, w_MD, b_M, k, screen):
     (97, 300, 513, 513),
     (200, 520, 2000, 7),
     (1300, 16, 40, 1),
+    (530, 20, 600, 300),  # rows for every thread; below, latents for each
+    (6, 20, 600, 300),
     (2, 700, 70, 64),
   ],
 )
