@@ -152,6 +152,9 @@ class Quality:
       below, too), and how many never do.
 
     `all` is every kind but BOS, `image` and `text` are its parts.
+
+    Raises:
+      ValueError: a reconstruction is not finite.
     """
     return {
       name: self._figures(name) for name in NAMES if self._rows.of(name).rows
@@ -162,6 +165,11 @@ class Quality:
     total = {
       key: sum(self._sums[kind][key] for kind in kinds) for key in self._SUMS
     }
+    if not np.isfinite(total['error']):
+      raise ValueError(
+        f'what the SAE makes of {name} rows is not finite: its weights hold '
+        'NaN or Inf, or overflow'
+      )
     first, *rest = kinds
     error = sum((self._error[kind] for kind in rest), self._error[first])
     fvu = _ratio(total['error'], seen.spread)

@@ -169,6 +169,13 @@ def test_rows_that_do_not_vary_have_no_fvu():
   json.dumps(line, allow_nan=False)
 
 
+def test_a_reconstruction_that_is_not_finite_is_refused(rows):
+  x_ND, x_hat_ND, code, kind_N = rows
+  x_hat_ND[kind_N == Kind.TILE] = np.nan
+  with pytest.raises(ValueError, match='of tile rows is not finite'):
+    table((x_ND, x_hat_ND, code, kind_N), 2)
+
+
 def test_rows_of_zeros_have_no_direction():
   x_ND = np.zeros((3, D), np.float32)
   x_ND[0, 0] = 2
