@@ -70,6 +70,14 @@ def losses(found: dict[str, Any], layer: int) -> dict[str, dict[str, Any]]:
   return found.get('loss', {}).get(str(layer), {}).get('kinds', {})
 
 
+def headline(kinds: dict[str, dict[str, Any]]) -> str:
+  """The kind whose loss speaks for the SAE: `answer`, else `all`.
+
+  A model that was tuned on answers alone never learned to say the questions.
+  """
+  return 'answer' if 'answer' in kinds else 'all'
+
+
 def text(found: dict[str, Any]) -> str:
   """What was found, as tables for people."""
   layers = [key for key in found if key.isdigit()]
@@ -84,19 +92,22 @@ def _layer(found: dict[str, Any], key: str) -> Iterator[str]:
   compared = found['compared'].get(key)
   if compared is None:
     return
+  head = headline(found['loss'][key]['kinds'])
+  title = f'layer {key}, SAEs beside one another, over all tokens'
+  if found['loss'][key]['kinds']:
+    title += f'; from CE on, over predicted tokens of kind `{head}`'
   rows = [
     [
       *(sae['name'], str(sae['latents']), str(sae['k']), sae['activation']),
       *_cells(sae['kinds'].get('all', {}), COLUMNS),
-      *_cells(sae['loss']['kinds'].get('all', {}), LOSSES),
+      *_cells(sae['loss']['kinds'].get(head, {}), LOSSES),
     ]
     for sae in compared['saes']
   ]
-  head = ['SAE', 'latents', 'k', 'activation']
-  yield f'layer {key}, SAEs beside one another\n' + grid(
-    [[*head, *(name for name, _ in COLUMNS + LOSSES)], *rows]
-  )
-  head = ['SAE', 'and', 'latents', 'pairs', 'cosine', '> .7', 'random', '> .7']
+  names = ['SAE', 'latents', 'k', 'activation']
+  names += [name for name, _ in COLUMNS + LOSSES]
+  yield f'{title}\n{grid([names, *rows])}'
+  names = ['SAE', 'and', 'latents', 'pairs', 'cosine', '> .7', 'random', '> .7']
   rows = [
     [
       *(pair['saes'][0], pair['saes'][1], which),
@@ -112,7 +123,7 @@ def _layer(found: dict[str, Any], key: str) -> Iterator[str]:
     for pair in compared['pairs']
     for which in ('alive', 'all')
   ]
-  yield f'layer {key}, matched decoder directions\n' + grid([head, *rows])
+  yield f'layer {key}, matched decoder directions\n' + grid([names, *rows])
 
 
 def _by_kind(table: dict[str, Any], loss: dict[str, Any]) -> str:
@@ -145,7 +156,16 @@ def _number(value: Any) -> str:
 
 
 def grid(rows: Sequence[Sequence[str]]) -> str:
-  """Rows in columns, the first to the left, the others to the right."""
+  """Rows in columns, the first to the left, the others to the right.
+
+  The first row has the titles; columns without a figure are left out.
+  """
+  some = [
+    i
+    for i, (_, *cells) in enumerate(zip(*rows, strict=True))
+    if set(cells) != {'-'}
+  ]
+  rows = [[row[i] for i in some] for row in rows]
   widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
   lines = []
   for first, *rest in rows:

@@ -104,7 +104,7 @@ def _fvu(workdir: Workdir, layer: int) -> Figure:
 def _recovered(workdir: Workdir, layer: int) -> Figure:
   found = evaluation.read(workdir)
   by_kind = evaluation.losses(found, layer)
-  kind = 'answer' if 'answer' in by_kind else 'all'
+  kind = evaluation.headline(by_kind)
   if kind not in by_kind:
     loss = found.get('loss', {}).get(str(layer), {})
     reason = loss.get('reason') or 'not measured: run `lmm-sae evaluate`'

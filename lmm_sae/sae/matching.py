@@ -59,11 +59,11 @@ def _alike(a_MD: np.ndarray, b_MD: np.ndarray) -> dict[str, Any]:
   latents = min(len(a_MD), len(b_MD))
   if not latents:
     return {'pairs': 0, 'mean': None, 'share': None}
-  _, _, cosine_P = match(a_MD, b_MD)
+  _, _, cosine_L = match(a_MD, b_MD)
   return {
-    'pairs': len(cosine_P),
-    'mean': float(cosine_P.mean()) if len(cosine_P) else None,
-    'share': float((cosine_P > SAME).sum() / latents),
+    'pairs': len(cosine_L),
+    'mean': float(cosine_L.mean()) if len(cosine_L) else None,
+    'share': float((cosine_L > SAME).sum() / latents),
   }
 
 
@@ -75,12 +75,12 @@ def _unit(w_MD: np.ndarray) -> np.ndarray:
 
 
 @jax.jit
-def _best(a_BD, b_MD):
+def _best(a_ND, b_MD):
   """For each row the nearest other, and for each other the nearest row."""
-  cosine_BM = jnp.matmul(a_BD, b_MD.T, precision=jax.lax.Precision.HIGHEST)
+  cosine_NM = jnp.matmul(a_ND, b_MD.T, precision=jax.lax.Precision.HIGHEST)
   return (
-    *(cosine_BM.max(1), cosine_BM.argmax(1)),
-    *(cosine_BM.max(0), cosine_BM.argmax(0)),
+    *(cosine_NM.max(1), cosine_NM.argmax(1)),
+    *(cosine_NM.max(0), cosine_NM.argmax(0)),
   )
 
 

@@ -20,7 +20,7 @@ def pair():
 
 def test_no_other_matching_has_a_larger_sum(pair):
   a_MD, b_MD = pair
-  left, right, cosine_P = matching.match(a_MD, b_MD)
+  left, right, cosine_L = matching.match(a_MD, b_MD)
   cosine_AB = unit(a_MD) @ unit(b_MD).T
   best = max(
     cosine_AB[range(A), picks].sum()
@@ -28,8 +28,8 @@ def test_no_other_matching_has_a_larger_sum(pair):
   )
   assert sorted(left) == list(range(A))
   assert len(set(right.tolist())) == A
-  np.testing.assert_allclose(cosine_P, cosine_AB[left, right], rtol=1e-5)
-  np.testing.assert_allclose(cosine_P.sum(), best, rtol=1e-5)
+  np.testing.assert_allclose(cosine_L, cosine_AB[left, right], rtol=1e-5)
+  np.testing.assert_allclose(cosine_L.sum(), best, rtol=1e-5)
 
 
 @pytest.mark.parametrize('block', [2, 3, 100])
@@ -43,10 +43,10 @@ def test_large_saes_are_matched_by_mutual_neighbours(pair, block, monkeypatch):
     for i, j in itertools.product(range(A), range(B))
     if cosine_AB[i].argmax() == j and cosine_AB[:, j].argmax() == i
   ]
-  left, right, cosine_P = matching.match(a_MD, b_MD)
+  left, right, cosine_L = matching.match(a_MD, b_MD)
   assert list(zip(left, right, strict=True)) == want
   assert 0 < len(want) < A
-  np.testing.assert_allclose(cosine_P, cosine_AB[left, right], rtol=1e-5)
+  np.testing.assert_allclose(cosine_L, cosine_AB[left, right], rtol=1e-5)
   found = matching.stability(a_MD, b_MD)
   assert found['method'] == 'mutual_nearest'
   assert found['pairs'] == len(want)
@@ -60,8 +60,8 @@ def test_the_same_directions_in_another_order_are_found(limit, monkeypatch):
   order = rng.permutation(40)
   b_MD = a_MD[order] * rng.uniform(0.5, 2, (40, 1))
   b_MD[:10] = rng.normal(size=(10, 16))  # these were not found again
-  left, right, cosine_P = matching.match(a_MD, b_MD)
-  again = cosine_P > 0.999
+  left, right, cosine_L = matching.match(a_MD, b_MD)
+  again = cosine_L > 0.999
   assert again.sum() == 30
   np.testing.assert_array_equal(order[right[again]], left[again])
   found = matching.stability(a_MD, b_MD)
