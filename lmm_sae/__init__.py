@@ -12,8 +12,9 @@ report    puts all of it on one page
 
 Dimension key. Arrays of rank >= 1 end in their axes:
 B images, T tokens of a sequence, N rows (tokens, mixed), D residual width,
-M latents, L some of them, K active on a row, E exemplars a latent, P base-view tokens,
-S samples, C concepts, H W pixels, V vocabulary, Q questions, R variants.
+M latents, L some of them, K active latents a row, E exemplars a latent,
+P base-view tokens, S samples, C concepts, H W pixels, V vocabulary,
+Q questions, R variants.
 """
 
 __version__ = '0.1.0'

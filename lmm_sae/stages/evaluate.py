@@ -167,8 +167,8 @@ def _check(
     ValueError: an SAE cannot be read or is of another width, or the server
       serves another one.
   """
-  for named in saes:
-    sae = named.load().config
+  configs = [named.load().config for named in saes]
+  for named, sae in zip(saes, configs, strict=True):
     if store.meta.width != sae.width:
       raise ValueError(
         f'{store.path} holds rows of width {store.meta.width}; the SAE of '
@@ -177,7 +177,7 @@ def _check(
       )
   if client is None:
     return
-  own, info = saes[0].load().config, client.info()
+  own, info = configs[0], client.info()
   served = info['saes'].get(layer)
   wanted = {'latents': own.latents, 'k': own.most}
   if info['width'] != store.meta.width or served != wanted:
