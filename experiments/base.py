@@ -87,6 +87,11 @@ def get_config() -> ConfigDict:
       'evaluate': {
         'split': 'b',  # acts split that is measured
         'rows': 200_000,  # rows read at most; 0: all
+        'samples': 64,  # read again with the SAE in the loop, by the server
+        'kinds': ('all',),  # of tokens whose residual it replaces there
+        'batch': 8,  # samples of one request
+        'bootstrap': 1000,  # resamples of a confidence interval
+        'others': (),  # further SAE folders, compared; may hold {layer}
       },
       'index': {
         'splits': ('a', 'b'),  # acts splits that are indexed

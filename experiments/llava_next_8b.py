@@ -52,6 +52,7 @@ def get_config() -> ConfigDict:
   config.train.pool_blocks = 512  # of as many samples: 1 GB
 
   config.evaluate.rows = 2_000_000
+  config.evaluate.batch = 4  # others' rows of 4 samples are 150 MB of a body
 
   config.index.rows = 16_384
   config.index.exemplars = 10

@@ -57,9 +57,11 @@ STAGES = {
     ('lmm', 'data', 'capture'),
   ),
   'train': Stage('fit an SAE to the stored rows', ('sae', 'train', 'hosts')),
-  'evaluate': Stage('say how good the SAE is, by token kind', ('evaluate',)),
   'index': Stage(
     'find the images and tokens that fire each latent', ('index',)
+  ),
+  'evaluate': Stage(
+    'say how good the SAE is, by token kind', ('evaluate', 'server')
   ),
   'explain': Stage(
     'ask a larger LMM what the exemplars of a latent share', ('explain',)

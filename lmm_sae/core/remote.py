@@ -9,24 +9,19 @@ Nothing here knows of torch: bodies are `core.wire`, the answers numpy.
 """
 
 import dataclasses
-import logging
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import httpx
 import numpy as np
 from PIL import Image
 
 from lmm_sae.core import wire
+from lmm_sae.core.connection import Connection
 from lmm_sae.core.records import Edit
 from lmm_sae.core.tokens import ARRAYS, TokenMap
 
 # {layer: peak activation of a latent, by index}; an array [M] or a dict.
 Peaks = Mapping[int, Mapping[int, float] | np.ndarray]
-
-
-logging.getLogger('httpx').setLevel(logging.WARNING)  # a line a request
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,55 +60,43 @@ class NextToken:
   logprob: float
 
 
-class SubjectClient:
-  """Talks to one subject server; may be shared by threads.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Text:
+  """One conversation, as it was captured.
 
-  Args:
-    url: of the server, `http://HOST:PORT`.
-    token: bearer token, where the server has one.
-    timeout_s: of one request, its wait in the server's queue included.
-    connect_s: how long a server that does not answer is given to come up.
+  Attributes:
+    token_T, kind_T: of the store, the image's tokens among them.
+    image: None where it has none.
+    given: rows [T, D] that stand in for the residual, an array a variant.
+  """
+
+  token_T: np.ndarray
+  kind_T: np.ndarray
+  image: Image.Image | None
+  given: tuple[np.ndarray, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Loss:
+  """Of R variants of the residual, at every token but the last, in nats.
+
+  Attributes:
+    ce_RT: -log p of the token that comes next, float32 [R, T - 1].
+    kl_RT: KL(clean, variant) of what may come next.
+  """
+
+  ce_RT: np.ndarray
+  kl_RT: np.ndarray
+
+
+class SubjectClient(Connection):
+  """Talks to one subject server; may be shared by threads.
 
   Every method raises:
     ConnectionError: the server does not answer, or went away.
     ValueError: the server refuses the request; the message says why.
     RuntimeError: the server failed.
   """
-
-  def __init__(
-    self,
-    url: str,
-    token: str = '',
-    timeout_s: float = 600.0,
-    connect_s: float = 10.0,
-  ):
-    self.url = url.rstrip('/')
-    self.timeout_s = timeout_s
-    self.connect_s = connect_s
-    headers = {'Authorization': f'Bearer {token}'} if token else {}
-    limits = httpx.Timeout(timeout_s, connect=min(connect_s, timeout_s))
-    try:
-      self._http = httpx.Client(
-        base_url=self.url, headers=headers, timeout=limits, trust_env=False
-      )
-    except httpx.InvalidURL as error:
-      raise ValueError(f'server.url {url!r} is not a URL: {error}') from error
-
-  def close(self) -> None:
-    self._http.close()
-
-  def __enter__(self) -> 'SubjectClient':
-    return self
-
-  def __exit__(self, *_) -> None:
-    self.close()
-
-  def health(self) -> bool:
-    """Whether the server answers, asked once."""
-    try:
-      return self._http.get('/health', timeout=5.0).status_code == 200
-    except httpx.TransportError:
-      return False
 
   def info(self) -> dict[str, Any]:
     """What is served.
@@ -249,6 +232,41 @@ class SubjectClient:
     got, _ = self._ask('/logits', layer, image, prompt, wanted)
     return [NextToken(**token) for token in got['top'][0]]
 
+  def loss(
+    self,
+    layer: int,
+    texts: Sequence[Text],
+    variants: Sequence[str],
+    kinds: Sequence[str] = ('all',),
+    mean_D: np.ndarray | None = None,
+  ) -> list[Loss]:
+    """What the predictions lose while something stands in for the residual.
+
+    Args:
+      variants: of the layer's output: `clean`, `sae` (the reconstruction),
+        `error` (the reconstruction and what it misses, so clean but for
+        rounding), `zero`, `mean` (`mean_D`). A loss has a row for each, then
+        one for each array that the texts give.
+      kinds: tokens that are replaced, as in `tokens.kinds`.
+    """
+    images, indices = _distinct([text.image for text in texts])
+    arrays = _images(images)
+    for i, text in enumerate(texts):
+      arrays[f'token_{i}'] = text.token_T.astype(np.int32)
+      arrays[f'kind_{i}'] = text.kind_T.astype(np.uint8)
+      arrays |= {f'given_{i}_{j}': x for j, x in enumerate(text.given)}
+    if mean_D is not None:
+      arrays['mean'] = mean_D.astype(np.float32)
+    header = {
+      'layer': layer,
+      'images': indices,
+      'given': len(texts[0].given) if texts else 0,
+      'variants': list(variants),
+      'kinds': list(kinds),
+    }
+    _, got = self._post('/loss', header, arrays)
+    return [Loss(got[f'ce_{i}'], got[f'kl_{i}']) for i in range(len(texts))]
+
   def ground(
     self,
     images: Sequence[Image.Image],
@@ -294,63 +312,6 @@ class SubjectClient:
     index = None if image is None else 0
     header = {'layer': layer, 'image': index, 'prompt': prompt, **rest}
     return self._post(path, header, _images([] if image is None else [image]))
-
-  def _post(
-    self, path: str, header: dict[str, Any], arrays: dict[str, np.ndarray]
-  ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    return wire.unpack(
-      self._send('POST', path, wire.pack(header, arrays)).content
-    )
-
-  def _send(self, method: str, path: str, body: bytes | None = None):
-    """The good answer to one request; waits out a start-up and a full queue."""
-    start, pause_s = time.monotonic(), 0.05
-    while True:
-      spent_s = time.monotonic() - start
-      try:
-        answer = self._http.request(method, path, content=body)
-      except (httpx.ConnectError, httpx.ConnectTimeout) as error:
-        if spent_s >= self.connect_s:
-          raise ConnectionError(
-            f'the subject server at {self.url} does not answer: start it with '
-            '`lmm-sae serve` and the same --config and --workdir, and give '
-            f'its URL as server.url ({error})'
-          ) from error
-      except httpx.UnsupportedProtocol as error:
-        raise ValueError(f'server.url {self.url!r}: {error}') from error
-      except httpx.TimeoutException as error:
-        raise ConnectionError(
-          f'the subject server at {self.url} gave no answer to {path} within '
-          f'{self.timeout_s:g} s: raise server.timeout_s or send less at once'
-        ) from error
-      except httpx.TransportError as error:
-        raise ConnectionError(
-          f'the subject server at {self.url} went away during {path}: {error}'
-        ) from error
-      else:
-        if answer.status_code != 503:
-          return _checked(answer, path)
-        if spent_s >= self.timeout_s:
-          raise ConnectionError(
-            f'the subject server at {self.url} stayed busy for '
-            f'{self.timeout_s:g} s: raise server.queue or server.timeout_s'
-          )
-      time.sleep(pause_s)
-      pause_s = min(1.6 * pause_s, 2.0)
-
-
-def _checked(answer: httpx.Response, path: str) -> httpx.Response:
-  """The answer if it is good, else its message as an exception."""
-  if answer.status_code == 200:
-    return answer
-  try:
-    message = answer.json()['error']
-  except (ValueError, KeyError, TypeError):
-    message = answer.text[:200]
-  message = f'the subject server refused {path}: {message}'
-  if 400 <= answer.status_code < 500:
-    raise ValueError(message)
-  raise RuntimeError(message.replace('refused', 'failed at'))
 
 
 def _images(images: Sequence[Image.Image]) -> dict[str, np.ndarray]:

@@ -15,6 +15,14 @@ FIGURES = (
     0.2,
   ),
   (
+    'ce_recovered',
+    'Answers kept with the SAE in the loop',
+    'Of the loss that '
+    'nothing in its place would bring (cross-entropy of the answers).',
+    {},
+    1,
+  ),
+  (
     'clean_concepts',
     'Concepts with a clean latent of their own',
     'Of the '

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from lmm_sae.core import evaluation
 from lmm_sae.core.findings import FATES, Findings
 from lmm_sae.core.report_figures import figures, interval, number, percent
 from lmm_sae.core.store import ActivationStore
@@ -23,13 +24,17 @@ WHY = {
   'dead': 'nothing in this half of the data fires it',
 }
 
-KIND_ORDER = (
-  *('base', 'tile', 'newline', 'image'),
-  *('template', 'question', 'answer', 'text'),
-  *('bos', 'all'),
-)
 GROUPS = {'image': 'All of the image', 'text': 'All of the text', 'all': 'All'}
-COLUMNS = {'fvu': 'FVU', 'l0': 'L0', 'dead': 'Dead', 'rows': 'Tokens'}
+COLUMNS = {
+  'fvu': 'FVU',
+  'cosine': 'Cosine',
+  'shrinkage': 'Length',
+  'l0': 'L0',
+  'dead': 'Dead',
+  'rows': 'Tokens',
+  'kl': 'KL',
+  'kept': 'Loss kept',
+}
 
 
 def fates(findings: Findings) -> list[dict[str, Any]]:
@@ -51,16 +56,19 @@ def fates(findings: Findings) -> list[dict[str, Any]]:
 
 
 def quality(
-  table: dict[str, dict[str, float]],
+  table: dict[str, dict[str, Any]], losses: dict[str, dict[str, Any]]
 ) -> tuple[list[str], list[dict[str, Any]]]:
-  """Column titles and rows of evaluation.json for one layer."""
-  kinds = [kind for kind in KIND_ORDER if kind in table]
-  kinds += [kind for kind in table if kind not in KIND_ORDER]
+  """Column titles and rows of evaluation.json for one layer.
+
+  Args:
+    table: figures by kind; losses: those with the SAE in the loop, {} without.
+  """
+  kinds = [kind for kind in evaluation.ORDER if kind in table]
+  kinds += [kind for kind in table if kind not in evaluation.ORDER]
+  table = {kind: table[kind] | _kept(losses.get(kind)) for kind in kinds}
   fields = [
     name
-    for name in dict.fromkeys(
-      [*COLUMNS, *(name for kind in kinds for name in table[kind])]
-    )
+    for name in COLUMNS
     if any(_is_number(table[kind].get(name)) for kind in kinds)
   ]
   rows = []
@@ -85,10 +93,15 @@ def quality(
         'cells': cells,
       }
     )
-  titles = [
-    COLUMNS.get(name, name.replace('_', ' ').upper()) for name in fields
-  ]
-  return titles, rows
+  return [COLUMNS[name] for name in fields], rows
+
+
+def _kept(loss: dict[str, Any] | None) -> dict[str, Any]:
+  """Columns of the loss of one kind, beside zero ablation."""
+  if loss is None:
+    return {}
+  kept = loss['ce_recovered']['zero']['value']
+  return {'kl': loss['kl']['sae'], 'kept': kept}
 
 
 def _is_number(value: Any) -> bool:
@@ -267,9 +280,11 @@ def _fact(name: str, value: str, note: str = '') -> dict[str, str]:
 def _layer(
   workdir: Workdir, findings: Findings, summary: dict[str, Any]
 ) -> dict[str, Any]:
-  path = workdir.file('evaluation.json')
-  table = json.loads(path.read_text()) if path.exists() else {}
-  titles, rows = quality(table.get(str(findings.layer), {}))
+  found = evaluation.read(workdir)
+  titles, rows = quality(
+    found.get(str(findings.layer), {}),
+    evaluation.losses(found, findings.layer),
+  )
   figure = summary['layers'][str(findings.layer)]['explained_right']
   explainer_titles, explainer_rows = explainers(findings, figure['explainers'])
   count = number(findings.index.num_latents)

@@ -5,7 +5,7 @@ would say nothing; a figure that cannot be had is {value: None, reason}.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -93,6 +93,35 @@ def correlation_figure(
     'mean': float(np.mean(own)) if own else None,
     'groups': len(groups),
   }
+
+
+def pooled_figure(
+  sums_SC: np.ndarray,
+  figure: Callable[[np.ndarray], np.ndarray],
+  reason: str,
+  seed: int = 0,
+  resamples: int = 1000,
+) -> dict[str, Any]:
+  """A figure of sums over samples, whole samples resampled; `n` counts them.
+
+  Args:
+    sums_SC: C sums of each sample.
+    figure: of sums [R, C] the figure [R]; NaN where it is not defined.
+    reason: why there is none, where it is not defined.
+  """
+  with np.errstate(divide='ignore', invalid='ignore'):
+    value = figure(sums_SC.sum(0)[None])[0] if len(sums_SC) else np.nan
+    if not np.isfinite(value):
+      return missing(reason)
+    rng = np.random.default_rng(seed)
+    n = len(sums_SC)
+    counts_RS = rng.multinomial(n, np.full(n, 1 / n), resamples)
+    drawn_R = figure(counts_RS @ sums_SC)
+  drawn_R = drawn_R[np.isfinite(drawn_R)]
+  low, high = (
+    np.percentile(drawn_R, (2.5, 97.5)) if len(drawn_R) else (value,) * 2
+  )
+  return {'value': float(value), 'n': n, 'ci': [float(low), float(high)]}
 
 
 def mean_figure(

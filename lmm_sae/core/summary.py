@@ -5,6 +5,8 @@ Every figure is {value, n, ci}, beside its baselines; what a run cannot give
 doses were fixed on half A by the stages; what is counted here is of half B.
 
 fvu                     evaluation.json, over all tokens but BOS
+ce_recovered            the same, of the answers' tokens: the share of the loss
+                        beside zero ablation that the SAE in the loop spares
 clean_concepts          concepts with a clean latent; n: concepts of objects
 clean_concepts_neurons  the same rule on the raw neurons
 explained_right         share of the latents with >= 80% of their firings on
@@ -26,7 +28,7 @@ seconds                 wall time, by stage
 import json
 from typing import Any
 
-from lmm_sae.core import concepts, records, stats
+from lmm_sae.core import concepts, evaluation, records, stats
 from lmm_sae.core.workdir import Workdir
 
 Figure = dict[str, Any]
@@ -67,6 +69,7 @@ def _layer(workdir: Workdir, layer: int) -> dict[str, Figure]:
   first = explained[0].explainer if explained else ''
   return {
     'fvu': _fvu(workdir, layer),
+    'ce_recovered': _recovered(workdir, layer),
     **_clean(workdir, layer, truth),
     **_explained(truth, explained, first),
     **_scored(scores, first),
@@ -92,12 +95,21 @@ def _of_layer(kind, path, layer: int) -> list:
 
 
 def _fvu(workdir: Workdir, layer: int) -> Figure:
-  path = workdir.file('evaluation.json')
-  table = json.loads(path.read_text()) if path.exists() else {}
-  row = table.get(str(layer), {}).get('all')
+  row = evaluation.read(workdir).get(str(layer), {}).get('all')
   if row is None:
     return stats.missing('not measured: run `lmm-sae evaluate`')
   return {'value': row['fvu'], 'n': row.get('rows', 0), 'ci': row.get('fvu_ci')}
+
+
+def _recovered(workdir: Workdir, layer: int) -> Figure:
+  found = evaluation.read(workdir)
+  by_kind = evaluation.losses(found, layer)
+  kind = evaluation.headline(by_kind)
+  if kind not in by_kind:
+    loss = found.get('loss', {}).get(str(layer), {})
+    reason = loss.get('reason') or 'not measured: run `lmm-sae evaluate`'
+    return stats.missing(reason)
+  return {**by_kind[kind]['ce_recovered']['zero'], 'kind': kind}
 
 
 def _clean(

@@ -79,6 +79,15 @@ class Logits:
 
 
 @message
+class Loss:
+  layer: int
+  images: Annotated[tuple[int | None, ...], pydantic.Field(max_length=MAX_ROWS)]
+  variants: tuple[str, ...]
+  kinds: tuple[str, ...] = ('all',)
+  given: _Index = 0
+
+
+@message
 class Pairs:
   images: tuple[_Index, ...]
   texts: tuple[str, ...]

@@ -1,6 +1,7 @@
 """The subject server: `Service` behind HTTP, for one machine or a trusted net.
 
-POST /residual /gradient /logits /generate /ground /clip   bodies: core.wire
+POST /residual /gradient /logits /generate /loss /ground /clip
+     bodies: core.wire
 GET  /health /info                                         JSON
 
 One thread runs the model; requests wait their turn in a queue of fixed length,

@@ -16,13 +16,16 @@ from PIL import Image
 
 from lmm_sae.core import remote, wire
 from lmm_sae.lmm import edits as edits_lib
-from lmm_sae.lmm import forward, gradients, messages, words
+from lmm_sae.lmm import forward, gradients, losses, messages, words
 from lmm_sae.lmm.forward import Asked, Job
 from lmm_sae.lmm.judges import Clip, Grounder
 from lmm_sae.lmm.llava import Subject
 from lmm_sae.lmm.sae import Sae
 
-METHODS = ('residual', 'gradient', 'logits', 'generate', 'ground', 'clip')
+METHODS = (
+  *('residual', 'gradient', 'logits', 'generate', 'loss'),
+  *('ground', 'clip'),
+)
 
 Arrays = dict[str, np.ndarray]
 Answer = tuple[dict[str, Any], Arrays]
@@ -119,6 +122,8 @@ class Service:
     try:
       if method == 'generate':
         return self._generate(header, arrays, check)
+      if method == 'loss':
+        return self._loss(header, arrays, check)
       return handlers[method](header, arrays)
     finally:
       self._forget()
@@ -283,6 +288,35 @@ class Service:
       for logit, token in zip(*map(torch.Tensor.tolist, best), strict=True)
     ]
 
+  def _loss(self, header, arrays, check) -> Answer:
+    request = messages.read(messages.Loss, header)
+    self.subject.layer(request.layer)
+    images = _Images(
+      {name: x for name, x in arrays.items() if name.startswith('image_')}
+    )
+    texts = [
+      remote.Text(
+        _named(arrays, f'token_{i}'),
+        _named(arrays, f'kind_{i}'),
+        None if index is None else images.open(index),
+        tuple(_named(arrays, f'given_{i}_{j}') for j in range(request.given)),
+      )
+      for i, index in enumerate(request.images)
+    ]
+    wanted = {'sae', 'error'} & set(request.variants)
+    found = losses.losses(
+      self.subject,
+      request.layer,
+      self._sae(request.layer) if wanted else None,
+      texts,
+      request.variants,
+      request.kinds,
+      arrays.get('mean'),
+      check,
+    )
+    out = {f'ce_{i}': loss.ce_RT for i, loss in enumerate(found)}
+    return {}, out | {f'kl_{i}': loss.kl_RT for i, loss in enumerate(found)}
+
   def _ground(self, header, arrays) -> Answer:
     request = messages.read(messages.Ground, header)
     names = list(self.grounders)
@@ -316,6 +350,12 @@ def _paired(arrays: Arrays, index: Sequence[int]) -> list[Image.Image]:
   if max(index, default=-1) >= len(images):
     raise ValueError(f'image {max(index)}, but the request has {len(images)}')
   return images
+
+
+def _named(arrays: Arrays, name: str) -> np.ndarray:
+  if name not in arrays:
+    raise ValueError(f'the request lacks the array {name}')
+  return arrays[name]
 
 
 def _numpy(x: torch.Tensor) -> np.ndarray:

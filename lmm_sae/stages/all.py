@@ -29,10 +29,10 @@ from lmm_sae.core import concepts, host, records, servers, summary
 from lmm_sae.core.workdir import Workdir
 
 FIRST = ('capture', 'train')
-MIDDLE = (('evaluate',), ('index',))  # side by side, while the servers load
-LANES = (('explain', 'score'), ('steer', 'attribute'))  # side by side
+MIDDLE = ('index',)  # while the servers load
+LANES = (('evaluate', 'explain', 'score'), ('steer', 'attribute'))  # at once
 LAST = ('report',)
-ORDER = (*FIRST, *MIDDLE[0], *MIDDLE[1], *LANES[0], *LANES[1], *LAST)
+ORDER = (*FIRST, *MIDDLE, *LANES[0], *LANES[1], *LAST)
 TICK_S = 0.5  # how often running stages are looked at, and timed
 
 
@@ -102,7 +102,7 @@ def run(config: ConfigDict, workdir: Workdir) -> None:
         folder, workdir.file('logs'), opts.device, opts.threads
       )
       explainers.append(stack.enter_context(server))
-    _side_by_side(*(lane(*stages) for stages in MIDDLE))
+    _side_by_side(lane(*MIDDLE))
     known = workdir.file(concepts.FILE).exists()
     lanes = LANES if known else (LANES[0] + LANES[1],)  # they read the labels
     _side_by_side(*(lane(*stages) for stages in lanes))
@@ -183,7 +183,7 @@ def _flags(
 ) -> list[list[str]]:
   """The flags of each run of a stage; waits for the servers that they name."""
   flags = []
-  if stage in ('score', 'steer', 'attribute'):
+  if stage in ('evaluate', 'score', 'steer', 'attribute'):
     if subject is not None:
       flags.append(f'--config.server.url={subject.wait()}')
     if opts.server_token:

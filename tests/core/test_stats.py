@@ -43,3 +43,29 @@ def test_no_values_give_a_reason_and_no_nan():
   assert stats.share_figure([], 'why')['value'] is None
   assert stats.correlation_figure([], 'why')['value'] is None
   assert stats.correlation([1, 1, 1], [1, 2, 3]) is None
+
+
+def ratio(sums_R2):
+  return sums_R2[:, 0] / sums_R2[:, 1]
+
+
+def test_a_pooled_figure_resamples_whole_samples():
+  rng = np.random.default_rng(0)
+  sums_S2 = rng.uniform(1, 3, (40, 2))
+  got = stats.pooled_figure(sums_S2, ratio, 'none', seed=3, resamples=2000)
+  assert got['value'] == pytest.approx(
+    sums_S2[:, 0].sum() / sums_S2[:, 1].sum()
+  )
+  assert got['n'] == 40
+  picks = rng.integers(0, 40, (2000, 40))
+  drawn = ratio(sums_S2[picks].sum(1))
+  np.testing.assert_allclose(
+    got['ci'], np.percentile(drawn, (2.5, 97.5)), atol=0.02
+  )
+  assert got == stats.pooled_figure(sums_S2, ratio, 'none', 3, 2000)
+
+
+def test_a_pooled_figure_that_is_not_defined_has_a_reason():
+  got = stats.pooled_figure(np.zeros((3, 2)), ratio, 'nothing to share')
+  assert got == stats.missing('nothing to share')
+  assert stats.pooled_figure(np.zeros((0, 2)), ratio, 'x')['value'] is None

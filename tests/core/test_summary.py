@@ -65,7 +65,21 @@ def workdir(tmp_path):
   )
   records.write_json(
     workdir.file('evaluation.json'),
-    {'2': {'all': {'fvu': 0.05, 'l0': 8, 'dead': 0.1, 'rows': 900}}},
+    {
+      'format_version': 2,
+      '2': {'all': {'fvu': 0.05, 'l0': 8, 'dead': 0.1, 'rows': 900}},
+      'loss': {
+        '2': {
+          'kinds': {
+            kind: {'ce_recovered': {'zero': {'value': value, 'n': 6, 'ci': ci}}}
+            for kind, value, ci in (
+              ('all', 0.9, None),
+              ('answer', 0.6, [0.5, 0.7]),
+            )
+          }
+        }
+      },
+    },
   )
   append(
     workdir,
@@ -145,6 +159,7 @@ def test_each_figure_is_what_the_files_say(workdir):
   approx = pytest.approx
   assert values == {
     'fvu': (0.05, 900),
+    'ce_recovered': (0.6, 6),
     'clean_concepts': (2, 5),
     'clean_concepts_neurons': (1, 5),
     'explained_right': (0.75, 4),
@@ -187,6 +202,27 @@ def test_an_empty_workdir_gives_reasons_instead_of_figures(tmp_path):
       assert figure['value'] is None
       assert figure['reason']
   assert 'run `lmm-sae steer`' in summary.table(figures)
+
+
+def test_an_evaluation_of_another_format_is_refused(workdir):
+  records.write_json(workdir.file('evaluation.json'), {'format_version': 9})
+  with pytest.raises(
+    ValueError, match='format_version 9; this program reads 2'
+  ):
+    summary.compute(workdir, (2,))
+
+
+def test_why_the_loss_was_not_had_is_told(workdir):
+  table = {'fvu': 0.05, 'rows': 900}
+  for loss, reason in (
+    ({}, 'not measured: run `lmm-sae evaluate`'),
+    ({'loss': {'2': {'reason': 'no server', 'kinds': {}}}}, 'no server'),
+  ):
+    records.write_json(
+      workdir.file('evaluation.json'), {'2': {'all': table}} | loss
+    )
+    figures = summary.compute(workdir, (2,))
+    assert figures['ce_recovered']['reason'] == reason
 
 
 def test_the_table_sets_each_figure_beside_its_baselines(workdir):

@@ -72,11 +72,32 @@ def make(root: pathlib.Path, latents: int = 64, samples: int = 24):
   _attribute(workdir, rng, samples, latents)
   table = {
     kind: {'fvu': round(0.02 + 0.03 * i, 3), 'l0': K - 0.2 * i, 'dead': 0.03,
-           'rows': 1000 * (i + 1)}
+           'cosine': 0.98, 'shrinkage': 0.97, 'rows': 1000 * (i + 1),
+           'firing': {'edges': [-1, 0], 'latents': [latents], 'never': 0}}
     for i, kind in enumerate(('base', 'tile', 'image', 'question', 'all'))
   }  # fmt: skip
   records.write_json(
-    workdir.file('evaluation.json'), {'format_version': 1, str(LAYER): table}
+    workdir.file('evaluation.json'),
+    {
+      'format_version': 2,
+      str(LAYER): table,
+      'loss': {
+        str(LAYER): {
+          'reason': '',
+          'kinds': {
+            kind: {
+              'kl': {'sae': 0.25},
+              'ce_recovered': {'zero': {'value': value, 'n': 9, 'ci': None}},
+            }
+            for kind, value in (
+              ('base', None),
+              ('question', 0.5),
+              ('all', 0.75),
+            )
+          },
+        }
+      },
+    },
   )
   records.write_json(
     workdir.file('seconds.json'),

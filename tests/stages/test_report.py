@@ -82,6 +82,8 @@ def test_headline_figures_stand_beside_their_baselines(made):
     'shuffled label',
     'random images',
     'SAE quality',
+    'Loss kept',
+    'Answers kept with the SAE in the loop',
   ):
     assert words in text
 
