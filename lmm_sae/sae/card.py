@@ -1,0 +1,210 @@
+"""The model card of an exported SAE: README.md beside sparsify/ and saelens/.
+
+    (folder / 'README.md').write_text(card.text(sae, step=step))
+
+The pieces of Python in it are run, each by the library it is for, in
+`launch/check_parity.sh`; `code` gives them one by one.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from lmm_sae.sae.exports import Sae
+
+LICENSE = 'apache-2.0'  # of an SAE that nobody said anything else of
+
+_OURS = """
+import numpy as np
+from lmm_sae.sae import checkpoint
+
+sae = checkpoint.load('.')
+code = sae.encode(np.asarray(x))  # vals_NK, idx_NK
+x_hat = sae.decode(code)
+"""
+
+_SAE_LENS = """
+from sae_lens import SAE
+
+sae = SAE.load_from_disk('saelens')
+z = sae.encode(x)
+x_hat = sae.decode(z)
+"""
+
+_SPARSIFY = """
+from sparsify import SparseCoder
+
+sae = SparseCoder.load_from_disk('sparsify').float()
+code = sae.encode(x)  # top_acts, top_indices
+x_hat = sae.decode(code.top_acts, code.top_indices)
+"""
+
+_TOPK = """
+import torch
+from dictionary_learning.trainers.top_k import AutoEncoderTopK
+from safetensors.torch import load_file
+
+arrays = load_file('saelens/sae_weights.safetensors')
+sae = AutoEncoderTopK({width}, {latents}, k={k})
+sae.encoder.weight.data = arrays['W_enc'].T
+sae.encoder.bias.data = arrays['b_enc']
+sae.decoder.weight.data = arrays['W_dec'].T
+sae.b_dec.data = arrays['b_dec']
+z = sae.encode(x)
+x_hat = sae.decode(z)
+"""
+
+_JUMP = """
+from dictionary_learning.dictionary import JumpReluAutoEncoder
+from safetensors.torch import load_file
+
+sae = JumpReluAutoEncoder({width}, {latents})
+sae.load_state_dict(load_file('saelens/sae_weights.safetensors'))
+sae.apply_b_dec_to_input = True
+z = sae.encode(x)
+x_hat = sae.decode(z)
+"""
+
+_RULES = {
+  'topk': 'The {k} latents that fire most on a row are its code.',
+  'batchtopk': (
+    'A latent fires above its threshold; about {k} do on a row, {most} at most.'
+  ),
+  'jumprelu': (
+    'A latent fires above its threshold; about {k} do on a row, {most} at most.'
+  ),
+}
+
+
+def text(
+  sae: Sae,
+  *,
+  step: int = 0,
+  source: str = '',
+  settings: Mapping[str, Any] | None = None,
+  figures: Mapping[str, Any] | None = None,
+) -> str:
+  """The card, Markdown under a YAML head.
+
+  Args:
+    sae: what was exported.
+    step: optimiser steps it was trained for; 0 where it is not known.
+    source: where it was imported from, of an SAE that was not trained here.
+    settings: what else is known of the model and of the training,
+      {'model': name, 'rows': a step, ...}.
+    figures: its tables of evaluation.json, {kind: {figure: value}}.
+  """
+  settings = dict(settings or {})
+  config = sae.config
+  model = settings.pop('model', '')
+  of = f' of {_plain(model)}' if model else ''
+  where = (
+    f'the output of decoder layer {config.layer} (counted from 0)'
+    if config.layer >= 0
+    else 'a layer that is not recorded'
+  )
+  rule = _RULES[config.activation].format(k=config.k, most=config.most)
+  parts = [
+    _head(model),
+    f'# A sparse autoencoder{of}',
+    (
+      f'It reads the residual stream: {where}, {config.width} wide, and has '
+      f'{config.latents} latents. {rule}'
+    ),
+    '    z = A(W_enc (x - b_dec) + b_enc)        x_hat = W_decᵀ z + b_dec',
+    'It takes rows as the model makes them: nothing is to be normalised.',
+    _table(('', ''), _made(config, step, source, settings)),
+  ]
+  if figures:
+    parts.append('## How good it is')
+    parts.append(_figures(figures))
+  parts.append('## How to load it')
+  parts.append('In a copy of this folder, with `x` of shape `[rows, width]`:')
+  for title, block in code(sae).items():
+    parts.append(f'{title}:\n\n```python\n{block.strip()}\n```')
+  if config.activation != 'topk':
+    parts.append(
+      'sparsify knows no thresholds: it refuses `sparsify/`, which is for '
+      f'programs that do. Only lmm_sae cuts a row at {config.most} latents.'
+    )
+  return '\n\n'.join(parts) + '\n'
+
+
+def code(sae: Sae) -> dict[str, str]:
+  """{library: Python that loads it}; reads `x`, makes `x_hat` and a code."""
+  config = sae.config
+  sizes = {'width': config.width, 'latents': config.latents, 'k': config.k}
+  found = {'lmm_sae': _OURS, 'SAELens': _SAE_LENS}
+  if config.activation == 'topk':
+    found['sparsify'] = _SPARSIFY
+  more = _TOPK if config.activation == 'topk' else _JUMP
+  return found | {'dictionary_learning': more.format(**sizes)}
+
+
+def _head(model: str) -> str:
+  """The hub's metadata."""
+  lines = [
+    '---',
+    f'license: {LICENSE}',
+    'library_name: lmm_sae',
+    'tags:',
+    '- sparse-autoencoder',
+    '- interpretability',
+    '- saelens',
+    '- sparsify',
+  ]
+  # The hub refuses a base model that is not a repository of its own.
+  if re.fullmatch(r'[\w.-]+/[\w.-]+', model):
+    lines.append(f'base_model: {model}')
+  return '\n'.join([*lines, '---'])
+
+
+def _made(config, step, source, settings) -> list[tuple[str, str]]:
+  """(name, value) of what is known of how it came about."""
+  rows = [
+    ('layer', config.layer if config.layer >= 0 else 'not recorded'),
+    ('width', config.width),
+    ('latents', config.latents),
+    ('activation', config.activation),
+    ('k', config.k),
+  ]
+  if config.prefixes:
+    rows.append(('Matryoshka prefixes', ', '.join(map(str, config.prefixes))))
+  if source:
+    rows.append(('imported from', source))
+  if step:
+    rows.append(('optimiser steps', step))
+  rows += settings.items()
+  return [(name, _plain(value)) for name, value in rows]
+
+
+def _figures(figures: Mapping[str, Any]) -> str:
+  """A row for each token kind, a column for each figure that is a number."""
+  kinds = {kind: row for kind, row in figures.items() if isinstance(row, dict)}
+  names = []
+  for row in kinds.values():
+    numbers = (n for n, v in row.items() if isinstance(v, int | float))
+    names += [name for name in numbers if name not in names]
+  return _table(
+    ('tokens', *names),
+    [
+      (kind, *(_number(row.get(name)) for name in names))
+      for kind, row in kinds.items()
+    ],
+  )
+
+
+def _table(head, rows) -> str:
+  lines = [head, ['---'] * len(head), *rows]
+  return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
+
+
+def _number(value: Any) -> str:
+  return '' if value is None else f'{value:.4g}'
+
+
+def _plain(value: Any) -> str:
+  """A value on one line of a table, so that no name can break out of it."""
+  text = value if isinstance(value, str) else json.dumps(value)
+  return re.sub(r'([\\`*_|<>\[\]])', r'\\\1', ' '.join(text.split()))
