@@ -42,12 +42,15 @@ class Stage:
     writes: whether it writes the workdir; those that do not need no config.json
       of their own and leave it alone.
     needs: whether --workdir must be given.
+    late: config.json is written when the stage has done its work: what it
+      refuses leaves no trace.
   """
 
   does: str
   sections: tuple[str, ...]
   writes: bool = True
   needs: bool = True
+  late: bool = False
 
 
 STAGES = {
@@ -76,7 +79,7 @@ STAGES = {
     'serve the subject and its judges over HTTP', ('lmm', 'server'), False
   ),
   'inspect': Stage('show what a workdir holds', ('inspect',), False),
-  'convert': Stage('read and write other SAE layouts', ('convert',)),
+  'convert': Stage('read and write other SAE layouts', ('convert',), late=True),
   'plan': Stage(
     'reckon disk, memory and hours before a run',
     ('lmm', 'data', 'capture', 'sae', 'train', 'plan'),
@@ -153,13 +156,20 @@ def _run(argv: list[str]) -> int:
     print(f'{name} in {workdir.root}, with')
     _show(config, tuple(config))
     return 0
-  if stage.writes:
-    workdir.root.mkdir(parents=True, exist_ok=True)
-    if values.record and host.first():
-      configs.save(config, workdir)
+  if stage.writes and not stage.late:
+    _record(config, workdir, values)
   _threads(name, config)
   importlib.import_module(f'lmm_sae.stages.{name}').run(config, workdir)
+  if stage.writes and stage.late:
+    _record(config, workdir, values)
   return 0
+
+
+def _record(config: ConfigDict, workdir: Workdir, values: '_Values') -> None:
+  """Writes config.json, unless that is not wanted."""
+  workdir.root.mkdir(parents=True, exist_ok=True)
+  if values.record and host.first():
+    configs.save(config, workdir)
 
 
 def resolve(path: str, overrides: list[str]) -> ConfigDict:
