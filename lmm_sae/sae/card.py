@@ -9,11 +9,18 @@ The pieces of Python in it are run, each by the library it is for, in
 import json
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
-from lmm_sae.sae.exports import Sae
+from lmm_sae.sae.model import SaeConfig
 
 LICENSE = 'apache-2.0'  # of an SAE that nobody said anything else of
+
+
+class Configured(Protocol):
+  """An SAE, read or yet to be read: `exports.Sae`, `layouts.Source`."""
+
+  config: SaeConfig
+
 
 _OURS = """
 import numpy as np
@@ -78,7 +85,7 @@ _RULES = {
 
 
 def text(
-  sae: Sae,
+  sae: Configured,
   *,
   step: int = 0,
   source: str = '',
@@ -131,7 +138,7 @@ def text(
   return '\n\n'.join(parts) + '\n'
 
 
-def code(sae: Sae) -> dict[str, str]:
+def code(sae: Configured) -> dict[str, str]:
   """{library: Python that loads it}; reads `x`, makes `x_hat` and a code."""
   config = sae.config
   sizes = {'width': config.width, 'latents': config.latents, 'k': config.k}
