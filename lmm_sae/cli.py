@@ -101,6 +101,7 @@ EXTRAS = {  # the extra that brings a package which the core does not need
   'transformers': 'torch',
   'fastapi': 'serve',
   'uvicorn': 'serve',
+  'huggingface_hub': 'hub',
   'ray': 'ray',
   'datasets': 'data',
   'tensorboardX': 'tb',
