@@ -3,6 +3,7 @@
 lmm-sae STAGE --config=FILE --workdir=DIR [--config.section.field=value]
 """
 
+import contextlib
 import dataclasses
 import difflib
 import errno
@@ -12,6 +13,7 @@ import re
 import signal
 import sys
 import traceback
+from collections.abc import Iterator
 
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
@@ -42,7 +44,7 @@ class Stage:
     writes: whether it writes the workdir; those that do not need no config.json
       of their own and leave it alone.
     needs: whether --workdir must be given.
-    late: config.json is written when the stage has done its work: what it
+    undone: config.json is as it was before where the stage fails: what it
       refuses leaves no trace.
   """
 
@@ -50,7 +52,7 @@ class Stage:
   sections: tuple[str, ...]
   writes: bool = True
   needs: bool = True
-  late: bool = False
+  undone: bool = False
 
 
 STAGES = {
@@ -79,7 +81,9 @@ STAGES = {
     'serve the subject and its judges over HTTP', ('lmm', 'server'), False
   ),
   'inspect': Stage('show what a workdir holds', ('inspect',), False),
-  'convert': Stage('read and write other SAE layouts', ('convert',), late=True),
+  'convert': Stage(
+    'read and write other SAE layouts', ('convert',), undone=True
+  ),
   'plan': Stage(
     'reckon disk, memory and hours before a run',
     ('lmm', 'data', 'capture', 'sae', 'train', 'plan'),
@@ -157,20 +161,38 @@ def _run(argv: list[str]) -> int:
     print(f'{name} in {workdir.root}, with')
     _show(config, tuple(config))
     return 0
-  if stage.writes and not stage.late:
-    _record(config, workdir, values)
-  _threads(name, config)
-  importlib.import_module(f'lmm_sae.stages.{name}').run(config, workdir)
-  if stage.writes and stage.late:
-    _record(config, workdir, values)
+  with _recorded(config, workdir, stage, values.record):
+    _threads(name, config)
+    importlib.import_module(f'lmm_sae.stages.{name}').run(config, workdir)
   return 0
 
 
-def _record(config: ConfigDict, workdir: Workdir, values: '_Values') -> None:
-  """Writes config.json, unless that is not wanted."""
+@contextlib.contextmanager
+def _recorded(
+  config: ConfigDict, workdir: Workdir, stage: Stage, record: bool
+) -> Iterator[None]:
+  """Runs a stage in a workdir that says what ran, where it writes one."""
+  if not stage.writes:
+    yield
+    return
+  file = workdir.file(configs.FILE)
+  before = file.read_bytes() if file.exists() else None
+  new = [at for at in (workdir.root, *workdir.root.parents) if not at.exists()]
   workdir.root.mkdir(parents=True, exist_ok=True)
-  if values.record and host.first():
+  if record and host.first():
     configs.save(config, workdir)
+  try:
+    yield
+  except (ValueError, NotImplementedError, OSError, ImportError):
+    if stage.undone:
+      if before is None:
+        file.unlink(missing_ok=True)
+      else:
+        file.write_bytes(before)
+      for folder in new:
+        if not any(folder.iterdir()):
+          folder.rmdir()
+    raise
 
 
 def resolve(path: str, overrides: list[str]) -> ConfigDict:

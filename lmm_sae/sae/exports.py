@@ -342,6 +342,7 @@ def write(
   if before.exists() and not path.exists():  # killed between the two renames
     before.rename(path)
   shutil.rmtree(part, ignore_errors=True)
+  new = [folder for folder in path.parents if not folder.exists()]
   try:
     publish.fill(whole, part, step, origin)
     shutil.rmtree(before, ignore_errors=True)
@@ -355,5 +356,8 @@ def write(
       raise
   except BaseException:
     shutil.rmtree(part, ignore_errors=True)
+    for folder in new:
+      if folder.exists() and not any(folder.iterdir()):
+        folder.rmdir()
     raise
   shutil.rmtree(before, ignore_errors=True)
