@@ -180,13 +180,18 @@ def _encode(params, x_ND, *, k, mesh):
   def own(params, x_ND):
     axis = mesh_lib.LATENT
     code = model.encode(params, x_ND, k=k, axis=axis)
-    code = model.fire(params, code)
     first = jax.lax.axis_index(axis) * len(params.b_enc_M)
-    # Ties go to the earlier place, which is the lower latent.
-    vals_NL = jax.lax.all_gather(code.vals_NK, axis, axis=1, tiled=True)
-    idx_NL = jax.lax.all_gather(code.idx_NK + first, axis, axis=1, tiled=True)
-    vals_NK, at_NK = jax.lax.top_k(vals_NL, k)
-    return SparseCode(vals_NK, jnp.take_along_axis(idx_NL, at_NK, 1))
+
+    def gather(own_NK):
+      return jax.lax.all_gather(own_NK, axis, axis=1, tiled=True)
+
+    # In the order that one device gives; ties go to the lower latent.
+    _, at_NK = jax.lax.top_k(gather(code.vals_NK), k)
+    fired = model.fire(params, code)
+    return SparseCode(
+      jnp.take_along_axis(gather(fired.vals_NK), at_NK, 1),
+      jnp.take_along_axis(gather(fired.idx_NK + first), at_NK, 1),
+    )
 
   return jax.shard_map(
     own,
