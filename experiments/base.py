@@ -83,6 +83,11 @@ def get_config() -> ConfigDict:
       'convert': {
         'source': '',  # SAE folder or hub repository to import; '': export
         'layer': -1,  # layer that it reads; -1: the one of lmm.layers
+        'pickles': False,  # whether ae.pt is fetched from the hub, too
+        'upload': '',  # hub repository that the export is sent to; '': none
+        'to': '',  # neuronpedia: write that; '': the SAE's two layouts
+        'name': 'res-lmm-sae',  # of Neuronpedia's source set
+        'split': 'b',  # half whose exemplars Neuronpedia shows
       },
       'evaluate': {
         'split': 'b',  # acts split that is measured

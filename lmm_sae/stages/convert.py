@@ -12,6 +12,12 @@ dictionary_learning, one that holds such folders by hook point, or a repository
 of the Hugging Face hub. It goes from file to file a few latents at a time; its
 probe is verified where it has one. What is damaged, contradicts itself or
 cannot be told in this program's formula is refused, and nothing is written.
+Of a repository, owner/name[:subfolder][@revision], no pickle is fetched unless
+convert.pickles says so.
+
+convert.upload=owner/name sends the export, with its card, to the hub.
+convert.to=neuronpedia writes WORKDIR/neuronpedia from the export, the index and
+the explanations, for a Neuronpedia to import (`core.neuronpedia`).
 """
 
 import dataclasses
@@ -21,28 +27,56 @@ from ml_collections import ConfigDict
 
 from lmm_sae.core.store import ActivationStore
 from lmm_sae.core.workdir import Workdir
-from lmm_sae.sae import checkpoint, exports, layouts
+from lmm_sae.sae import checkpoint, exports, hub, layouts, share
 from lmm_sae.sae.checkpoint import Checkpoints
 from lmm_sae.sae.model import SaeConfig
 
 
 @dataclasses.dataclass(frozen=True)
 class ConvertConfig:
-  """source: folder or repository to import, '' to export; layer: or -1."""
+  """What is read and what is made; see experiments/base.py."""
 
   source: str
   layer: int
+  pickles: bool
+  to: str
+  name: str
+  split: str
+  upload: str
+
+  def __post_init__(self):
+    if self.to not in ('', 'neuronpedia'):
+      raise ValueError(
+        f"convert.to is {self.to!r}; it is neuronpedia, or '' for the layouts "
+        'of sparsify and SAELens'
+      )
+    if self.to and (self.source or self.upload):
+      raise ValueError(
+        f'convert.to={self.to} takes the export that is there: run it apart '
+        'from convert.source and convert.upload'
+      )
 
 
 def run(config: ConfigDict, workdir: Workdir) -> None:
   """Exports, or imports where a source is given."""
   opts = ConvertConfig(**config.convert)
   layers = tuple(config.lmm.layers)
+  if opts.to:
+    for layer in layers:
+      folder = share.neuronpedia(
+        workdir, layer, split=opts.split, name=opts.name, model=config.lmm.path
+      )
+      logging.info('written %s', folder)
+    return
+  sent = only(opts.layer, layers) if opts.upload else None
   if opts.source:
     bring(opts, layers, workdir)
-    return
-  for layer in layers:
-    write(layer, workdir)
+  else:
+    for layer in layers:
+      write(layer, workdir)
+  if sent is not None:
+    url = hub.send(workdir.export(sent), opts.upload)
+    logging.info('uploaded %s to %s', workdir.export(sent), url)
 
 
 def only(layer: int, layers: tuple[int, ...]) -> int:
@@ -74,7 +108,7 @@ def bring(
     raise ValueError(
       f'{workdir.sae(layer)} holds a trained SAE: import into another workdir'
     )
-  path = layouts.place(opts.source)
+  path = hub.place(opts.source, opts.pickles)
   sae = layouts.find(path, layer if opts.layer >= 0 else None)
   said = sae.config.layer
   if said not in (-1, layer):
