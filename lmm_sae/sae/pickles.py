@@ -41,6 +41,16 @@ _KNOWN = {*_STORAGES, _DICT, _TENSOR, _PARAMETER}
 _PICKLE = 1 << 20  # bytes; one of ten tensors has 1000
 _ENTRIES = 10_000
 
+# What zipfile raises of a damaged file.
+_ZIP = (
+  zipfile.BadZipFile,
+  EOFError,
+  NotImplementedError,
+  OverflowError,
+  UnicodeError,
+  struct.error,
+)
+
 
 class _Name(str):
   """A name that the pickle imports; never looked up."""
@@ -84,7 +94,7 @@ def find(path: pathlib.Path, root: pathlib.Path) -> dict[str, Tensor | Any]:
       order = spans.get('byteorder')
       if order and _bytes(file, order[0], min(order[1], 9)) != b'little':
         raise ValueError(f'{path} is not little-endian')
-  except (zipfile.BadZipFile, EOFError, NotImplementedError) as error:
+  except _ZIP as error:
     raise ValueError(f'{path} is a damaged zip: {error}') from error
   try:
     found = _run(program, path, spans)
@@ -119,6 +129,8 @@ def _span(entry: zipfile.ZipInfo, file, size: int, path) -> tuple[int, int]:
   where = f'{path}: {entry.filename[:80]!r}'
   if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
     raise ValueError(f'{where} is compressed, which torch.save does not do')
+  if not 0 <= entry.header_offset < size:
+    raise ValueError(f'{where} lies outside the file')
   local = _bytes(file, entry.header_offset, 30)
   if len(local) < 30 or local[:4] != b'PK\x03\x04':
     raise ValueError(f'{where} has no header: the file is damaged')
@@ -244,6 +256,8 @@ def _name(name: str, path) -> _Name:
 
 def _storage(said: Any, path, spans) -> '_Storage':
   """(dtype, first byte, items) of the raw bytes that a tensor is a view of."""
+  if not isinstance(said, tuple) or len(said) != 5:
+    raise TypeError('a storage that is none')
   kind, dtype, key, _, count = said
   # Types first: text and hash of nested tuples can be endless.
   span = spans.get('data/' + _a(str, key))
@@ -278,6 +292,8 @@ def _made(name: Any, args: Any, path) -> Any:
     return _a(Tensor, args[0])
   if name != _TENSOR:
     raise TypeError(f'a call of {name}')
+  if len(args) < 4:
+    raise TypeError('a tensor without its shape')
   storage, offset, shape, strides = args[:4]
   dtype, start, count = _a(_Storage, storage)
   numbers = [offset, *_a(tuple, shape), *_a(tuple, strides)]
