@@ -13,7 +13,27 @@ from typing import Any, Protocol
 
 from lmm_sae.sae.model import SaeConfig
 
-LICENSE = 'apache-2.0'  # of an SAE that nobody said anything else of
+LICENSE = 'unknown'  # as the hub says it; whose SAE it is decides
+
+_TRAINED = {  # settings of training that the card names
+  'rows': 'rows a step',
+  'lr': 'peak learning rate',
+  'warmup': 'steps of warm-up',
+  'auxk': 'weight of AuxK',
+  'multi_topk': 'weight of multi-TopK',
+  'clip': 'clipped to a gradient norm of',
+  'compute': 'products in',
+  'kinds': 'token kinds trained on',
+}
+
+
+_FIGURES = {  # of evaluation.json, in the card's order
+  'rows': 'rows',
+  'fvu': 'FVU',
+  'l0': 'L0',
+  'dead': 'dead',
+  'cosine': 'cosine',
+}
 
 
 class Configured(Protocol):
@@ -98,13 +118,12 @@ def text(
     sae: what was exported.
     step: optimiser steps it was trained for; 0 where it is not known.
     source: where it was imported from, of an SAE that was not trained here.
-    settings: what else is known of the model and of the training,
-      {'model': name, 'rows': a step, ...}.
+    settings: of the run that trained it, as its checkpoint has them.
     figures: its tables of evaluation.json, {kind: {figure: value}}.
   """
-  settings = dict(settings or {})
+  settings = settings or {}
   config = sae.config
-  model = settings.pop('model', '')
+  model = settings.get('acts', {}).get('model', '')
   of = f' of {_plain(model)}' if model else ''
   where = (
     f'the output of decoder layer {config.layer} (counted from 0)'
@@ -120,7 +139,11 @@ def text(
       f'{config.latents} latents. {rule}'
     ),
     '    z = A(W_enc (x - b_dec) + b_enc)        x_hat = W_decᵀ z + b_dec',
-    'It takes rows as the model makes them: nothing is to be normalised.',
+    (
+      'It takes rows as the model makes them: nothing is to be normalised. '
+      '`probe.safetensors` in each folder has rows and what this SAE makes of '
+      'them, for a reader to tell whether he reads it right.'
+    ),
     _table(('', ''), _made(config, step, source, settings)),
   ]
   if figures:
@@ -182,21 +205,27 @@ def _made(config, step, source, settings) -> list[tuple[str, str]]:
     rows.append(('imported from', source))
   if step:
     rows.append(('optimiser steps', step))
-  rows += settings.items()
+  trained = settings.get('train', {})
+  rows += [(_TRAINED[n], trained[n]) for n in _TRAINED if n in trained]
+  if captured := settings.get('acts', {}).get('rows'):
+    rows.append(('rows captured', captured))
+  if 'seed' in settings:
+    rows.append(('seed', settings['seed']))
   return [(name, _plain(value)) for name, value in rows]
 
 
 def _figures(figures: Mapping[str, Any]) -> str:
-  """A row for each token kind, a column for each figure that is a number."""
-  kinds = {kind: row for kind, row in figures.items() if isinstance(row, dict)}
-  names = []
-  for row in kinds.values():
-    numbers = (n for n, v in row.items() if isinstance(v, int | float))
-    names += [name for name in numbers if name not in names]
+  """A row for each token kind."""
+  kinds = {
+    kind: row
+    for kind, row in figures.items()
+    if isinstance(row, Mapping) and 'fvu' in row
+  }
+  names = [n for n in _FIGURES if any(n in row for row in kinds.values())]
   return _table(
-    ('tokens', *names),
+    ('tokens', *(_FIGURES[name] for name in names)),
     [
-      (kind, *(_number(row.get(name)) for name in names))
+      (_plain(kind), *(_number(row.get(name)) for name in names))
       for kind, row in kinds.items()
     ],
   )

@@ -219,9 +219,9 @@ def load(
     ValueError: there is none, it is damaged, contradicts itself or the probe
       beside it, or computes what this program does not.
   """
-  from lmm_sae.sae import exports, layouts  # which read checkpoints, too
+  from lmm_sae.sae import exports, hub  # exports reads checkpoints, too
 
-  path = layouts.place(path_or_repo)
+  path = hub.place(path_or_repo)
   if path.name.isdigit() and steps(path.parent) and (path / STATE).exists():
     return _stored(path.parent, int(path.name), layer, mesh)
   found = [] if (path / 'export').exists() else steps(path)

@@ -3,12 +3,12 @@
     sae/<layer>/export/sparsify/   cfg.json, sae.safetensors
     sae/<layer>/export/saelens/    cfg.json, sae_weights.safetensors
 
-Beside each stand README.md and probe.safetensors, by which a reader tells
-whether he reads it right (`sae.probe`). `load` reads these and the layouts of
-`sae.layouts` into a `Sae` that takes and gives numpy; `write` writes both. The
-sparsify half keeps the dtype of what it was made from; the SAELens half is
-float32, since SAELens computes in the dtype of the file, and other latents win
-where activations are rounded.
+Beside both stands README.md (`sae.card`), in each probe.safetensors, by which a
+reader tells whether he reads it right (`sae.probe`). `load` reads these and the
+layouts of `sae.layouts` into a `Sae` that takes and gives numpy; `write` writes
+both. The sparsify half keeps the dtype of what it was made from; the SAELens
+half is float32, since SAELens computes in the dtype of the file, and other
+latents win where activations are rounded.
 """
 
 import dataclasses
@@ -16,7 +16,8 @@ import functools
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -329,6 +330,8 @@ def write(
   *,
   step: int = 0,
   origin: str = '',
+  settings: Mapping[str, Any] | None = None,
+  figures: Mapping[str, Any] | None = None,
 ) -> None:
   """Writes both layouts under `path`, whole or not at all.
 
@@ -339,6 +342,8 @@ def write(
     path: the folder of the export.
     step: of the training.
     origin: where it comes from, for its card.
+    settings: those of the run, as a checkpoint has them, for the card.
+    figures: the layer's of evaluation.json, for the card.
   """
   path = pathlib.Path(path)
   whole = source(sae) if isinstance(sae, Sae) else sae
@@ -349,7 +354,9 @@ def write(
   shutil.rmtree(part, ignore_errors=True)
   new = [folder for folder in path.parents if not folder.exists()]
   try:
-    publish.fill(whole, part, step, origin)
+    publish.fill(
+      whole, part, step, source=origin, settings=settings, figures=figures
+    )
     shutil.rmtree(before, ignore_errors=True)
     if path.exists():
       path.rename(before)

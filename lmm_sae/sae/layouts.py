@@ -14,7 +14,6 @@ import dataclasses
 import math
 import os
 import pathlib
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -78,38 +77,6 @@ def find(path: str | os.PathLike, layer: int | None = None) -> Source:
   if layer is not None:
     plan.config['layer'] = layer
   return _checked(plan, found, cfg, folder, name)
-
-
-def place(path_or_repo: str | os.PathLike) -> pathlib.Path:
-  """The folder that is meant: a local one, or a repository's, fetched.
-
-  Raises:
-    ValueError: there is no such folder, and no repository has that name.
-  """
-  path = pathlib.Path(path_or_repo)
-  if path.exists():
-    return path
-  if re.fullmatch(r'[\w.-]+/[\w.-]+', str(path_or_repo)):
-    return fetch(str(path_or_repo))
-  return path  # whose absence `find` names
-
-
-def fetch(repo: str) -> pathlib.Path:
-  """The folder of a repository of the hub, from the cache or the network.
-
-  Raises:
-    ValueError: it cannot be had.
-  """
-  from huggingface_hub import snapshot_download
-
-  patterns = ['*.json', '*.safetensors', '*.pt', '*.md']
-  try:
-    return pathlib.Path(snapshot_download(repo, allow_patterns=patterns))
-  except OSError as error:  # of the hub's, HTTP errors too
-    raise ValueError(
-      f'{repo} is no folder here, and cannot be fetched from the hub: '
-      f'{str(error).partition(chr(10))[0]}'
-    ) from error
 
 
 def locate(path: pathlib.Path, layer: int | None) -> tuple[pathlib.Path, str]:

@@ -4,20 +4,24 @@ It is filled in one pass over the latents, of which a few are held at a time.
 """
 
 import pathlib
+from typing import Any
 
 import numpy as np
 
 from lmm_sae.core import records
-from lmm_sae.sae import probe, tensors
+from lmm_sae.sae import card, probe, tensors
 from lmm_sae.sae.foreign import FORMAT_VERSION, SAELENS, SPARSIFY
 from lmm_sae.sae.layouts import Source
 
 SAELENS_VERSION = '6.54.12'  # whose layout `saelens` is
 
 
-def fill(source: Source, part: pathlib.Path, step: int, origin: str) -> None:
-  """The two layouts, in one pass over the latents, and what stands beside."""
-  config = source.config
+def fill(sae: Source, part: pathlib.Path, step: int, **known: Any) -> None:
+  """The two layouts, in one pass over the latents, and what stands beside.
+
+  `known` is what `card.text` is told beside the step.
+  """
+  config = sae.config
   one, two = part / 'sparsify', part / 'saelens'
   one.mkdir(parents=True)
   two.mkdir()
@@ -33,33 +37,32 @@ def fill(source: Source, part: pathlib.Path, step: int, origin: str) -> None:
   }
   across = {'W_enc': wide[::-1], 'b_enc': long}
   across |= {name: shapes[name] for name in ('W_dec', 'b_dec', *theta)}
-  kept = {name: (source.dtype, shape) for name, shape in shapes.items()}
+  kept = {name: (sae.dtype, shape) for name, shape in shapes.items()}
   single = {name: (np.float32, shape) for name, shape in across.items()}
   with (
     tensors.Writer(one / SPARSIFY, kept) as sparsify,
     tensors.Writer(two / SAELENS, single) as saelens,
   ):
     for start, stop in tensors.pieces(config.latents, config.width):
-      rows = source.read('w_enc_MD', start, stop)
+      rows = sae.read('w_enc_MD', start, stop)
       sparsify.rows('encoder.weight', start, rows)
       saelens.columns('W_enc', start, rows)
-      rows = source.read('b_enc_M', start, stop)
+      rows = sae.read('b_enc_M', start, stop)
       sparsify.rows('encoder.bias', start, rows)
       saelens.rows('b_enc', start, rows)
       for name, field in (('W_dec', 'w_dec_MD'), ('threshold', 'theta_M')):
         if name in shapes:
-          rows = source.read(field, start, stop)
+          rows = sae.read(field, start, stop)
           sparsify.rows(name, start, rows)
           saelens.rows(name, start, rows)
-    sparsify.rows('b_dec', 0, source.b_dec_D)
-    saelens.rows('b_dec', 0, source.b_dec_D)
-  records.write_json(one / 'cfg.json', sparsify_cfg(source, step))
-  records.write_json(two / 'cfg.json', saelens_cfg(source))
-  golden = probe.make(source)
-  text = card(source, step, origin)
+    sparsify.rows('b_dec', 0, sae.b_dec_D)
+    saelens.rows('b_dec', 0, sae.b_dec_D)
+  records.write_json(one / 'cfg.json', sparsify_cfg(sae, step))
+  records.write_json(two / 'cfg.json', saelens_cfg(sae))
+  golden = probe.make(sae)
   for folder in (one, two):
     probe.write(folder, golden)
-    (folder / 'README.md').write_text(text)
+  (part / 'README.md').write_text(card.text(sae, step=step, **known))
 
 
 def sparsify_cfg(source: Source, step: int) -> dict:
@@ -124,19 +127,3 @@ def saelens_cfg(source: Source) -> dict:
       **hooks,
     },
   }
-
-
-def card(source: Source, step: int, origin: str) -> str:
-  """README.md of an export."""
-  config = source.config
-  made = f', {step} training steps' if step else ''
-  return f"""# Sparse autoencoder of layer {config.layer}
-
-{config.latents} latents over {config.width} dimensions, {config.activation},
-k {config.k}{made}.{f' From {origin}.' if origin else ''}
-
-    z = A(relu(W_enc (x - b_dec) + b_enc)), x̂ = W_decᵀ z + b_dec
-
-`probe.safetensors` has rows and what this SAE makes of them: values within
-{probe.TOLERANCE:g} of a row's largest are to be expected of any reader.
-"""

@@ -21,6 +21,8 @@ the explanations, for a Neuronpedia to import (`core.neuronpedia`).
 """
 
 import dataclasses
+import json
+from typing import Any
 
 from absl import logging
 from ml_collections import ConfigDict
@@ -142,5 +144,21 @@ def write(layer: int, workdir: Workdir) -> None:
     config = SaeConfig(**note.settings['sae'])
     state = checkpoints.restore(config, note.step)
   sae = exports.of(config, state)
-  exports.write(sae, workdir.export(layer), step=note.step)
+  exports.write(
+    sae,
+    workdir.export(layer),
+    step=note.step,
+    settings=note.settings,
+    figures=figures(layer, workdir),
+  )
   logging.info('step %d exported as %s', note.step, workdir.export(layer))
+
+
+def figures(layer: int, workdir: Workdir) -> dict[str, Any] | None:
+  """What `evaluate` found of a layer; None before it ran on what is there."""
+  file = workdir.file('evaluation.json')
+  at = max(checkpoint.steps(workdir.sae(layer)))
+  made = (workdir.sae(layer) / str(at)).stat().st_mtime
+  if not file.exists() or file.stat().st_mtime < made:
+    return None
+  return json.loads(file.read_text()).get(str(layer))

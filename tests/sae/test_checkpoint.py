@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lmm_sae.sae import checkpoint, exports, layouts, mesh, trainer
+from lmm_sae.sae import checkpoint, exports, hub, mesh, trainer
 from lmm_sae.sae.checkpoint import Checkpoints, Note
 from tests.sae import foreign_files, small
 from tests.sae.small import CONFIG, D, M
@@ -232,18 +232,19 @@ def test_a_checkpoint_of_another_layer_is_refused(run):
 def test_what_is_neither_folder_nor_repository_is_refused(tmp_path):
   with pytest.raises(ValueError, match='holds no SAE'):
     checkpoint.load(tmp_path / 'nothing')
-  with pytest.raises(ValueError, match=r'no folder here.*from the hub'):
+  with pytest.raises(ValueError, match=r'no path here.*the hub'):
     checkpoint.load('nobody/nothing-of-this-name')
 
 
 def test_a_repository_is_fetched_and_read(tmp_path, monkeypatch):
   fetched = []
 
-  def fetch(repo):
+  def fetch(repo, pickles):
+    assert not pickles
     fetched.append(repo)
     return tmp_path
 
   foreign_files.sparsify(tmp_path / 'model.layers.24', small.random_sae())
-  monkeypatch.setattr(layouts, 'fetch', fetch)
+  monkeypatch.setattr(hub, 'fetch', fetch)
   assert checkpoint.load('some/sae').config.layer == 24
   assert fetched == ['some/sae']

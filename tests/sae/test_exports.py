@@ -46,7 +46,7 @@ def test_an_export_replaces_the_one_before(tmp_path, sae):
   exports.write(sae, tmp_path / 'export', step=2)
   assert sorted(p.name for p in tmp_path.iterdir()) == ['export']
   names = sorted(p.name for p in (tmp_path / 'export').iterdir())
-  assert names == ['saelens', 'sparsify']
+  assert names == ['README.md', 'saelens', 'sparsify']
 
 
 def contents(path):

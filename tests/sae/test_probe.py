@@ -60,9 +60,9 @@ def test_a_probe_is_the_same_however_the_latents_come(sae, monkeypatch):
 
 def test_every_export_has_a_probe_that_holds(tmp_path, sae):
   exports.write(sae, tmp_path / 'export')
+  assert (tmp_path / 'export' / 'README.md').exists()
   for layout in ('sparsify', 'saelens'):
     folder = tmp_path / 'export' / layout
-    assert (folder / 'README.md').exists()
     assert probe.verify(sae, folder) == ''
     assert probe.verify(exports.load(folder), folder) == ''
 
