@@ -311,13 +311,16 @@ def take(found: Source, mesh: Mesh | None = None) -> Sae:
     raise ValueError(
       f'{config.latents} latents cannot be split over {shares} devices'
     )
+  sharding = mesh_lib.sharding(mesh, mesh_lib.LATENTS)
   for name, shape in shapes.items():
-
-    def part(at: tuple[slice, ...], name: str = name) -> np.ndarray:
-      return found.read(name, *at[0].indices(config.latents)[:2])
-
-    rows[name] = jax.make_array_from_callback(
-      shape, mesh_lib.sharding(mesh, mesh_lib.LATENTS), part
+    shards = []
+    for device, at in sharding.addressable_devices_indices_map(shape).items():
+      # One at a time: make_array_from_callback holds all of them on the host.
+      part = found.read(name, *at[0].indices(config.latents)[:2])
+      shards.append(jax.device_put(part, device).block_until_ready())
+      del part
+    rows[name] = jax.make_array_from_single_device_arrays(
+      shape, sharding, shards
     )
   whole = mesh_lib.sharding(mesh, mesh_lib.WHOLE)
   rows['b_dec_D'] = mesh_lib.put(found.b_dec_D, whole)

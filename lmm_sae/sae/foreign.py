@@ -120,6 +120,13 @@ def learning(cfg: Settings, found, folder: pathlib.Path, root) -> Plan:
   """The layout of dictionary_learning: config.json has a table `trainer`."""
   said = _table(cfg, 'trainer', folder)
   kind = said.get('dict_class')
+  place = str(said.get('submodule_name'))[:80]
+  io = _table(cfg, 'buffer', folder).get('io')
+  if re.search('mlp|attn|attention', place) or io not in (None, 'out'):
+    raise ValueError(
+      f'{folder} reads {place!r} ({_short(io)}), not the output of a decoder '
+      'layer'
+    )
   layer = _count(said, 'layer', folder, None, least=0)
   claims = (
     _count(said, 'activation_dim', folder, None),

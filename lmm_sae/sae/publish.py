@@ -97,6 +97,8 @@ def saelens_cfg(source: Source) -> dict:
   given = source.cfg
   if source.layout != SAELENS:
     given = {'source_cfg': given} if given else {}
+  if given.get('finetuning_scaling_factor'):
+    given = given | {'finetuning_scaling_factor': False}  # it is folded
   hooks = {}
   if config.layer >= 0:
     hooks = {
@@ -118,7 +120,6 @@ def saelens_cfg(source: Source) -> dict:
     'apply_b_dec_to_input': True,
     'rescale_acts_by_decoder_norm': False,
     'normalize_activations': 'none',
-    'finetuning_scaling_factor': False,
     'format_version': FORMAT_VERSION,
     'layer': config.layer,
     'metadata': {

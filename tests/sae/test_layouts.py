@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import ml_dtypes
 import numpy as np
@@ -324,6 +325,42 @@ def test_dictionary_learnings_jumprelu_is_read(learnt, jumping):
   f_NM = np.maximum(pre_NM * (pre_NM > jumping.theta_M), 0) * norm_M
   x_hat_ND = (f_NM / norm_M) @ jumping.w_dec_MD + jumping.b_dec_D
   codes(exports.load(learnt / 'jump'), f_NM, x_hat_ND)
+
+
+@pytest.mark.parametrize(
+  ('table', 'field', 'value'),
+  [
+    ('trainer', 'submodule_name', 'mlp_out_layer_7'),
+    ('trainer', 'submodule_name', 'attention_out_layer_7'),
+    ('buffer', 'io', 'in'),
+    ('buffer', 'io', ['in']),
+  ],
+)
+def test_a_dictionary_of_another_place_is_refused(
+  tmp_path, learnt, table, field, value
+):
+  folder = tmp_path / 'copy'
+  shutil.copytree(learnt / 'topk', folder)
+  cfg = json.loads((folder / 'config.json').read_text())
+  cfg.setdefault(table, {})[field] = value
+  (folder / 'config.json').write_text(json.dumps(cfg))
+  with pytest.raises(ValueError, match='not the output of a decoder layer'):
+    layouts.find(folder)
+
+
+@pytest.mark.parametrize('kind', ['half', 'across', 'jump', 'batch'])
+def test_a_copy_of_a_dictionary_does_the_same(tmp_path, learnt, kind):
+  source = layouts.find(learnt / kind)
+  exports.write(source, tmp_path / 'copy', origin='theirs')
+  want = exports.load(learnt / kind)
+  for layout in ('sparsify', 'saelens'):
+    got = exports.load(tmp_path / 'copy' / layout)
+    same(got, want, rtol=0)
+    assert got.config == want.config
+  cfg = json.loads((tmp_path / 'copy/sparsify/cfg.json').read_text())
+  assert cfg['source_cfg']['trainer']['dict_size'] == M
+  stored = np.dtype(ml_dtypes.bfloat16 if kind == 'half' else np.float32)
+  assert layouts.find(tmp_path / 'copy').dtype == stored
 
 
 @pytest.mark.parametrize(
