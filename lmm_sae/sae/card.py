@@ -138,7 +138,7 @@ def text(
       f'It reads the residual stream: {where}, {config.width} wide, and has '
       f'{config.latents} latents. {rule}'
     ),
-    '    z = A(W_enc (x - b_dec) + b_enc)        x_hat = W_decᵀ z + b_dec',
+    '    z = A(relu(W_enc (x - b_dec) + b_enc))      x_hat = W_decᵀ z + b_dec',
     (
       'It takes rows as the model makes them: nothing is to be normalised. '
       '`probe.safetensors` in each folder has rows and what this SAE makes of '
@@ -200,7 +200,7 @@ def _made(config, step, source, settings) -> list[tuple[str, str]]:
     ('k', config.k),
   ]
   if config.prefixes:
-    rows.append(('Matryoshka prefixes', ', '.join(map(str, config.prefixes))))
+    rows.append(('Matryoshka prefixes', config.prefixes))
   if source:
     rows.append(('imported from', source))
   if step:
@@ -242,5 +242,7 @@ def _number(value: Any) -> str:
 
 def _plain(value: Any) -> str:
   """A value on one line of a table, so that no name can break out of it."""
+  if isinstance(value, list | tuple):
+    return ', '.join(map(_plain, value))
   text = value if isinstance(value, str) else json.dumps(value)
   return re.sub(r'([\\`*_|<>\[\]])', r'\\\1', ' '.join(text.split()))

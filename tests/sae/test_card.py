@@ -44,6 +44,7 @@ def test_it_says_what_is_known_and_leaves_out_the_rest():
     '| peak learning rate | 0.003 |',
     '| rows captured | 419198 |',
     '| seed | 5 |',
+    '| token kinds trained on | all |',
   ):
     assert line in text
   assert 'pool_blocks' not in text
