@@ -68,6 +68,7 @@ def taken(words: list[str], capsys) -> str:
     'tpu_pod.sh',
     'check_tpu.sh',
     'check_memory.sh',
+    'check_parity.sh',
     'setup.sh',
   ],
 )
