@@ -269,17 +269,13 @@ def _reader(plan: Plan, parts, held: dict[str, str], folder):
     return np.sqrt(square_M).astype(np.float32)
 
   def read(field: str, start: int, stop: int) -> np.ndarray:
-    if field == 'theta_M':
-      if field not in parts:
-        return np.zeros(stop - start, np.float32)
-      if single:
-        one = np.float32(parts[field].read().reshape(()))
-        if not np.isfinite(one):
-          raise ValueError(f'{folder}: {held[field]} is {one}')
-        theta_M = np.full(stop - start, one)
-      else:
-        theta_M = raw(field, start, stop)
-      return theta_M * norm(start, stop) if plan.late else theta_M
+    if field == 'theta_M' and field not in parts:
+      return np.zeros(stop - start, np.float32)
+    if field == 'theta_M' and single:
+      one = np.float32(parts[field].read().reshape(()))
+      if not np.isfinite(one):
+        raise ValueError(f'{folder}: {held[field]} is {one}')
+      return np.full(stop - start, one)
     rows = raw(field, start, stop)
     if field == 'b_enc_M' and not plan.centred:
       # W x + b = W (x - b_dec) + (b + W b_dec)
@@ -298,7 +294,7 @@ def _reader(plan: Plan, parts, held: dict[str, str], folder):
       if plan.by_norm:
         norm_M = norm(start, stop)
         rows = rows / np.where(norm_M > 0, norm_M, 1)[side]
-    elif plan.by_norm:
+    elif plan.by_norm and field != 'theta_M':
       rows = rows * norm(start, stop)[side]
     return rows
 
