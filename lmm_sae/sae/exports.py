@@ -277,7 +277,9 @@ def check(found: Source) -> None:
   Raises:
     ValueError: the SAE does not do what its probe says.
   """
-  if found.folder is None or not (found.folder / probe.NAME).exists():
+  if found.folder is None:  # a checkpoint of ours, as training left it
+    return
+  if not (found.folder / probe.NAME).exists():
     logging.info('%s has no %s to verify', found.folder, probe.NAME)
     return
   if differs := probe.verify(found, found.folder):

@@ -41,8 +41,8 @@ class Plan:
     dtype: name of the dtype that they claim; ''.
     gain: tensor that z is multiplied with before it is decoded; ''.
     centred: b_dec is subtracted from x.
-    by_norm: z is multiplied with the norm of the decoder row before A, which
-      `fold` exchanges; with `late`, after it.
+    by_norm: z is multiplied with the norm of the decoder row before A, and
+      divided by it before it is decoded.
     scale: that x is multiplied with.
     spare: other tensors that need not be read.
   """
@@ -55,7 +55,6 @@ class Plan:
   gain: str = ''
   centred: bool = True
   by_norm: bool = False
-  late: bool = False
   scale: float = 1.0
   spare: tuple[str, ...] = ()
 
@@ -137,16 +136,8 @@ def learning(cfg: Settings, found, folder: pathlib.Path, root) -> Plan:
   spare = ('k', 'threshold', 'group_sizes')
   if kind == 'JumpReluAutoEncoder':
     config = _config({}, 'jumprelu', folder, layer)
-    # f = relu(pre) where pre > theta, times |W_dec|; x is not centred.
-    return Plan(
-      apart,
-      ('w_enc_MD',),
-      config,
-      claims,
-      centred=False,
-      by_norm=True,
-      late=True,
-    )
+    # As version 0.1.0: f = relu(pre) where pre > theta; x is not centred.
+    return Plan(apart, ('w_enc_MD',), config, claims, centred=False)
   said = said | {'k': _held(said, found, folder)}
   if kind == 'AutoEncoderTopK':
     config = _config(said, 'topk', folder, layer)

@@ -90,27 +90,33 @@ def locate(path: pathlib.Path, layer: int | None) -> tuple[pathlib.Path, str]:
   for folder in (path, path / 'sparsify', path / 'export' / 'sparsify'):
     if name := _layout(folder):
       return folder, name
-  if path.is_dir():
-    inside = {
-      folder: name
-      for folder in sorted(path.iterdir())
-      if folder.is_dir() and (name := _layout(folder))
-    }
-    meant = {
-      folder: name
-      for folder, name in inside.items()
-      if layer is None or foreign.hooked(folder.name)[0] in (None, layer)
-    }
-    if len(meant) == 1:
-      return next(iter(meant.items()))
-    if inside:
-      which = ', '.join(folder.name for folder in inside)
-      said = 'name one' if layer is None else f'which reads layer {layer}?'
-      raise ValueError(f'{path} holds the SAEs {which}: {said}')
+  inside = hooks(path)
+  meant = {
+    folder: name
+    for folder, name in inside.items()
+    if layer is None or foreign.hooked(folder.name)[0] in (None, layer)
+  }
+  if len(meant) == 1:
+    return next(iter(meant.items()))
+  if inside:
+    which = ', '.join(folder.name for folder in inside)
+    said = 'name one' if layer is None else f'which reads layer {layer}?'
+    raise ValueError(f'{path} holds the SAEs {which}: {said}')
   raise ValueError(
     f'{path} holds no SAE (cfg.json beside {SPARSIFY} or {SAELENS}, or '
     f'config.json beside {LEARNING}): check the path'
   )
+
+
+def hooks(path: pathlib.Path) -> dict[pathlib.Path, str]:
+  """{folder: tensor file} of the SAEs in a folder, one a hook point."""
+  if not path.is_dir():
+    return {}
+  return {
+    folder: name
+    for folder in sorted(path.iterdir())
+    if folder.is_dir() and (name := _layout(folder))
+  }
 
 
 def _layout(folder: pathlib.Path) -> str:
@@ -236,17 +242,14 @@ def _reader(plan: Plan, parts, held: dict[str, str], folder):
     return np.sqrt(square_M).astype(np.float32)
 
   def read(field: str, start: int, stop: int) -> np.ndarray:
-    if field == 'theta_M':
-      if field not in parts:
-        return np.zeros(stop - start, np.float32)
-      if single:
+    if field == 'theta_M' and field not in parts:
+      return np.zeros(stop - start, np.float32)
+    if field == 'theta_M' and single:
+      with np.errstate(over='ignore'):
         one = np.float32(parts[field].read().reshape(()))
-        if not np.isfinite(one):
-          raise ValueError(f'{folder}: {held[field]} is {one}')
-        theta_M = np.full(stop - start, one)
-      else:
-        theta_M = raw(field, start, stop)
-      return theta_M * norm(start, stop) if plan.late else theta_M
+      if not np.isfinite(one):
+        raise ValueError(f'{folder}: {held[field]} is {one}')
+      return np.full(stop - start, one)
     rows = raw(field, start, stop)
     if field == 'b_enc_M' and not plan.centred:
       # W x + b = W (x - b_dec) + (b + W b_dec)
@@ -265,7 +268,7 @@ def _reader(plan: Plan, parts, held: dict[str, str], folder):
       if plan.by_norm:
         norm_M = norm(start, stop)
         rows = rows / np.where(norm_M > 0, norm_M, 1)[side]
-    elif plan.by_norm:
+    elif plan.by_norm and field != 'theta_M':
       rows = rows * norm(start, stop)[side]
     return rows
 

@@ -31,6 +31,7 @@ from lmm_sae.core.store import ActivationStore
 from lmm_sae.core.workdir import Workdir
 from lmm_sae.sae import checkpoint, exports, hub, layouts, share
 from lmm_sae.sae.checkpoint import Checkpoints
+from lmm_sae.sae.layouts import Source
 from lmm_sae.sae.model import SaeConfig
 
 
@@ -110,8 +111,7 @@ def bring(
     raise ValueError(
       f'{workdir.sae(layer)} holds a trained SAE: import into another workdir'
     )
-  path = hub.place(opts.source, opts.pickles)
-  sae = layouts.find(path, layer if opts.layer >= 0 else None)
+  sae = _found(opts, layer)
   said = sae.config.layer
   if said not in (-1, layer):
     raise ValueError(
@@ -131,6 +131,14 @@ def bring(
   exports.check(sae)
   exports.write(sae, workdir.export(layer), origin=opts.source)
   logging.info('imported %s as %s', opts.source, workdir.export(layer))
+
+
+def _found(opts: ConvertConfig, layer: int) -> Source:
+  """The SAE of the source, of `layer` where it holds several."""
+  path = hub.place(opts.source, opts.pickles)
+  if len(layouts.hooks(path)) > 1:
+    path, _ = layouts.locate(path, layer)
+  return checkpoint.find(path, layer if opts.layer >= 0 else None)
 
 
 def write(layer: int, workdir: Workdir) -> None:

@@ -208,6 +208,17 @@ def test_an_sae_is_loaded_from_a_checkpoint(run, state, at, step):
   assert sae.config == CONFIG
 
 
+def test_a_workdir_with_one_layer_is_enough_to_say(run, tmp_path):
+  workdir = run.parent.parent
+  assert checkpoint.load(workdir).config == CONFIG
+  copy = tmp_path / 'copy'
+  shutil.copytree(run.parent, copy / 'sae')
+  (copy / 'sae' / '9').mkdir()
+  assert checkpoint.load(copy, layer=4).config == CONFIG
+  with pytest.raises(ValueError, match=r'the layers \[4, 9\]: name one'):
+    checkpoint.load(copy)
+
+
 def test_an_sae_of_a_checkpoint_is_laid_on_a_mesh(run):
   spread = checkpoint.load(run, mesh=mesh.make(4, 2))
   x_ND = small.rows(9)

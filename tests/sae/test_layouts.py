@@ -320,10 +320,9 @@ def test_dictionary_learnings_batchtopk_is_read(learnt, jumping, kind):
 
 
 def test_dictionary_learnings_jumprelu_is_read(learnt, jumping):
-  norm_M = np.linalg.norm(jumping.w_dec_MD, axis=1)
   pre_NM = X_ND @ jumping.w_enc_MD.T + jumping.b_enc_M
-  f_NM = np.maximum(pre_NM * (pre_NM > jumping.theta_M), 0) * norm_M
-  x_hat_ND = (f_NM / norm_M) @ jumping.w_dec_MD + jumping.b_dec_D
+  f_NM = np.maximum(pre_NM * (pre_NM > jumping.theta_M), 0)
+  x_hat_ND = f_NM @ jumping.w_dec_MD + jumping.b_dec_D
   codes(exports.load(learnt / 'jump'), f_NM, x_hat_ND)
 
 

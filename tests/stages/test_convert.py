@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from lmm_sae import cli
 from lmm_sae.core.workdir import Workdir
-from lmm_sae.sae import exports, probe, tensors, trainer
+from lmm_sae.sae import checkpoint, exports, probe, tensors, trainer
 from lmm_sae.sae.checkpoint import Checkpoints, Note
 from lmm_sae.stages import convert, inspect
 from tests.sae import foreign_files, small
@@ -138,7 +138,7 @@ def test_the_published_layout_goes_from_file_to_file(
     for name in ('w_enc_MD', 'b_enc_M', 'w_dec_MD', 'b_dec_D'):
       want = getattr(sae, name).astype(stored).astype(np.float32)
       np.testing.assert_array_equal(getattr(got, name), want)
-  text = (workdir.export(LAYER) / 'sparsify/README.md').read_text()
+  text = (workdir.export(LAYER) / 'README.md').read_text()
   assert 'autoencoder' in text
 
 
@@ -151,6 +151,31 @@ def test_an_import_of_another_layer_is_refused(tmp_path, config):
   settings.convert.layer = LAYER
   convert.run(settings, Workdir.of(tmp_path / 'new'))
   assert exports.load(tmp_path / 'new/sae/4').config.layer == LAYER
+
+
+def test_a_source_of_several_layers_gives_those_of_lmm_layers(tmp_path, config):
+  saes = {4: small.random_sae(seed=4), 6: small.random_sae(seed=6)}
+  for layer, sae in saes.items():
+    foreign_files.sparsify(tmp_path / 'hub' / f'model.layers.{layer}', sae)
+  for layer, sae in saes.items():
+    settings = small.run_config(
+      config, convert__source=str(tmp_path / 'hub'), lmm__layers=(layer,)
+    )
+    convert.run(settings, Workdir.of(tmp_path / 'new'))
+    got = exports.load(tmp_path / 'new/sae' / str(layer))
+    np.testing.assert_array_equal(got.w_enc_MD, sae.w_enc_MD)
+    assert got.config.layer == layer
+
+
+@pytest.mark.parametrize('at', ['', 'sae/4', 'sae/4/5'])
+def test_a_checkpoint_of_another_run_is_imported(tmp_path, workdir, config, at):
+  settings = small.run_config(config, convert__source=str(workdir.root / at))
+  convert.run(settings, Workdir.of(tmp_path / 'new'))
+  got = exports.load(tmp_path / 'new/sae/4')
+  np.testing.assert_array_equal(
+    got.w_dec_MD, checkpoint.load(workdir.sae(LAYER)).w_dec_MD
+  )
+  assert got.config == CONFIG
 
 
 def no_tensor(folder):
