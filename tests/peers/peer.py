@@ -130,6 +130,9 @@ def sae_lens_cases():
     ('batchtopk_plain', batch, {'rescale_acts_by_decoder_norm': False}, norms,
      plain),
     ('matryoshka', nested, {}, norms, plain),
+    ('topk_training', (TopKTrainingSAE, TopKTrainingSAEConfig, {'k': K}), {},
+     norms, own),
+    ('batchtopk_training', batch, {}, norms, own),
   ):  # fmt: skip
     sae = kind(config(d_in=D, d_sae=M, **base, **more))
     w_enc_MD, w_dec_MD = torch.empty(M, D), torch.empty(M, D)
@@ -145,8 +148,11 @@ def sae_lens_cases():
     if hasattr(sae, 'topk_threshold'):
       sae.topk_threshold.fill_(1.9)
 
-    def save(path, sae=sae, how=how):
+    def save(path, sae=sae, how=how, name=name):
       getattr(sae, how)(path)
+      if name.endswith('_training'):  # what it does once training is over
+        path = path.with_name('after')
+        sae.save_inference_model(path)
       return SAE.load_from_disk(path, dtype='float32')
 
     yield (

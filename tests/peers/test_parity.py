@@ -37,7 +37,7 @@ SAVED = {
     'topk', 'topk_norms', 'topk_sparse', 'topk_rescaled', 'topk_outside',
     'topk_bfloat16', 'topk_trained', 'jumprelu', 'jumprelu_outside',
     'jumprelu_dense', 'jumprelu_bfloat16', 'jumprelu_trained', 'batchtopk',
-    'batchtopk_plain', 'matryoshka',
+    'batchtopk_plain', 'matryoshka', 'topk_training', 'batchtopk_training',
   ),
   'dictionary_learning': (
     'topk', 'topk_norms', 'topk_sparse', 'batchtopk', 'batchtopk_unset',
@@ -45,7 +45,9 @@ SAVED = {
   ),
 }  # fmt: skip
 CASES = [(library, case) for library in SAVED for case in SAVED[library]]
-OURS = ('topk', 'norms', 'sparse', 'k1', 'trained', 'batchtopk', 'jumprelu')
+OURS = (
+  'topk', 'norms', 'sparse', 'k1', 'all', 'trained', 'batchtopk', 'jumprelu',
+)  # fmt: skip
 
 
 def peer(verb: str, library: str, folder: pathlib.Path) -> None:
@@ -116,7 +118,7 @@ def test_an_import_goes_out_again_as_it_came(saved, tmp_path, library, case):
 def our_sae(name: str) -> Sae:
   """An SAE of a case that was never trained, as odd as the case asks for."""
   rng = np.random.default_rng(0)
-  k = 1 if name == 'k1' else K
+  k = {'k1': 1, 'all': M}.get(name, K)
   activation = name if name in ('batchtopk', 'jumprelu') else 'topk'
   w_dec_MD = rng.standard_normal((M, D))
   w_dec_MD /= np.linalg.norm(w_dec_MD, axis=1, keepdims=True)
@@ -153,19 +155,24 @@ def sent(tmp_path_factory):
   saes = {name: our_sae(name) for name in OURS if name != 'trained'}
   saes['trained'] = trained(tmp_path_factory.mktemp('run'))
   for name, sae in saes.items():
-    exports.write(sae, root / name, step=7)
     rng = np.random.default_rng(1)
     x_ND = rng.standard_normal((N, sae.config.width)).astype(np.float32) * 1.5
-    np.save(root / name / 'rows.npy', x_ND)
-    blocks = card.code(sae)
-    # It must refuse: what its card gives for a TopK SAE is tried all the same.
-    blocks.setdefault('sparsify', card.code(our_sae('topk'))['sparsify'])
-    for title, block in blocks.items():
-      library = {'SAELens': 'sae_lens'}.get(title, title)
-      (root / name / f'{library}.py').write_text(block)
+    send(sae, root / name, x_ND)
   for library in SAVED:
     peer('run', library, root)
   return root, saes
+
+
+def send(sae: Sae, folder: pathlib.Path, x_ND: np.ndarray) -> None:
+  """Exports an SAE beside rows and the Python of its card."""
+  exports.write(sae, folder, step=7)
+  np.save(folder / 'rows.npy', x_ND)
+  blocks = card.code(sae)
+  # It must refuse: what its card gives for a TopK SAE is tried all the same.
+  blocks.setdefault('sparsify', card.code(our_sae('topk'))['sparsify'])
+  for title, block in blocks.items():
+    library = {'SAELens': 'sae_lens'}.get(title, title)
+    (folder / f'{library}.py').write_text(block)
 
 
 @pytest.mark.parametrize('case', OURS)
@@ -173,13 +180,44 @@ def sent(tmp_path_factory):
 def test_what_we_export_says_the_same_there(sent, library, case):
   root, saes = sent
   sae = saes[case]
-  error = root / case / f'{library}.error'
+  want = both(sae, np.load(root / case / 'rows.npy'))
+  arrived(sae, root / case, library, *want)
+
+
+def arrived(sae: Sae, folder: pathlib.Path, library: str, *want) -> None:
+  """Asserts that a library says (z_NM, x_hat_ND) of an export, or refuses."""
+  error = folder / f'{library}.error'
   if library == 'sparsify' and sae.config.activation != 'topk':
-    assert 'Expected one of' in error.read_text()  # refused, not dropped
+    assert 'Expected one of' in error.read_text()  # thresholds are not dropped
     return
   assert not error.exists(), error.read_text()
-  said = np.load(root / case / f'{library}.npz')
-  check(*both(sae, np.load(root / case / 'rows.npy')), said)
+  check(*want, np.load(folder / f'{library}.npz'))
+
+
+@pytest.fixture(scope='module')
+def crossed(saved, tmp_path_factory):
+  """What each library saved, exported by us and run by each library."""
+  root = tmp_path_factory.mktemp('crossed')
+  saes = {}
+  for library, case in CASES:
+    folder = saved(library, case)
+    sae = exports.load(folder / 'sae', layer=3)
+    send(sae, root / library / case, np.load(folder / 'said.npz')['x_ND'])
+    saes[library, case] = sae
+  for library in SAVED:
+    peer('run', library, root)
+  return root, saes
+
+
+@pytest.mark.parametrize('target', SAVED)
+@pytest.mark.parametrize(('library', 'case'), CASES)
+def test_what_one_library_saves_another_loads(
+  saved, crossed, library, case, target
+):
+  root, saes = crossed
+  said = np.load(saved(library, case) / 'said.npz')
+  folder = root / library / case
+  arrived(saes[library, case], folder, target, said['z_NM'], said['x_hat_ND'])
 
 
 @pytest.mark.parametrize('case', OURS)
