@@ -81,8 +81,13 @@ def get_config() -> ConfigDict:
         'silent_s': 100,  # after which a process that is not heard is lost
       },
       'convert': {
-        'source': '',  # SAE folder to import; '': export the checkpoints
+        'source': '',  # SAE folder or hub repository to import; '': export
         'layer': -1,  # layer that it reads; -1: the one of lmm.layers
+        'pickles': False,  # whether ae.pt is fetched from the hub, too
+        'upload': '',  # hub repository that the export is sent to; '': none
+        'to': '',  # neuronpedia: write that; '': the SAE's two layouts
+        'name': 'res-lmm-sae',  # of Neuronpedia's source set
+        'split': 'b',  # half whose exemplars Neuronpedia shows
       },
       'evaluate': {
         'split': 'b',  # acts split that is measured

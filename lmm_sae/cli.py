@@ -3,6 +3,7 @@
 lmm-sae STAGE --config=FILE --workdir=DIR [--config.section.field=value]
 """
 
+import contextlib
 import dataclasses
 import difflib
 import errno
@@ -12,6 +13,7 @@ import re
 import signal
 import sys
 import traceback
+from collections.abc import Iterator
 
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
@@ -42,12 +44,15 @@ class Stage:
     writes: whether it writes the workdir; those that do not need no config.json
       of their own and leave it alone.
     needs: whether --workdir must be given.
+    undone: config.json is as it was before where the stage fails: what it
+      refuses leaves no trace.
   """
 
   does: str
   sections: tuple[str, ...]
   writes: bool = True
   needs: bool = True
+  undone: bool = False
 
 
 STAGES = {
@@ -78,7 +83,9 @@ STAGES = {
     'serve the subject and its judges over HTTP', ('lmm', 'server'), False
   ),
   'inspect': Stage('show what a workdir holds', ('inspect',), False),
-  'convert': Stage('read and write other SAE layouts', ('convert',)),
+  'convert': Stage(
+    'read and write other SAE layouts', ('convert',), undone=True
+  ),
   'plan': Stage(
     'reckon disk, memory and hours before a run',
     ('lmm', 'data', 'capture', 'sae', 'train', 'plan'),
@@ -100,6 +107,7 @@ EXTRAS = {  # the extra that brings a package which the core does not need
   'transformers': 'torch',
   'fastapi': 'serve',
   'uvicorn': 'serve',
+  'huggingface_hub': 'hub',
   'ray': 'ray',
   'datasets': 'data',
   'tensorboardX': 'tb',
@@ -155,13 +163,38 @@ def _run(argv: list[str]) -> int:
     print(f'{name} in {workdir.root}, with')
     _show(config, tuple(config))
     return 0
-  if stage.writes:
-    workdir.root.mkdir(parents=True, exist_ok=True)
-    if values.record and host.first():
-      configs.save(config, workdir)
-  _threads(name, config)
-  importlib.import_module(f'lmm_sae.stages.{name}').run(config, workdir)
+  with _recorded(config, workdir, stage, values.record):
+    _threads(name, config)
+    importlib.import_module(f'lmm_sae.stages.{name}').run(config, workdir)
   return 0
+
+
+@contextlib.contextmanager
+def _recorded(
+  config: ConfigDict, workdir: Workdir, stage: Stage, record: bool
+) -> Iterator[None]:
+  """Runs a stage in a workdir that says what ran, where it writes one."""
+  if not stage.writes:
+    yield
+    return
+  file = workdir.file(configs.FILE)
+  before = file.read_bytes() if file.exists() else None
+  new = [at for at in (workdir.root, *workdir.root.parents) if not at.exists()]
+  workdir.root.mkdir(parents=True, exist_ok=True)
+  if record and host.first():
+    configs.save(config, workdir)
+  try:
+    yield
+  except (ValueError, NotImplementedError, OSError, ImportError):
+    if stage.undone:
+      if before is None:
+        file.unlink(missing_ok=True)
+      else:
+        file.write_bytes(before)
+      for folder in new:
+        if not any(folder.iterdir()):
+          folder.rmdir()
+    raise
 
 
 def resolve(path: str, overrides: list[str]) -> ConfigDict:

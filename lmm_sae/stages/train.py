@@ -158,7 +158,9 @@ class Run:
       state = hosts.fetch(state)
     if hosts.first():
       sae = exports.of(self.config, state)
-      exports.write(sae, self.export, step=self.options.steps)
+      exports.write(
+        sae, self.export, step=self.options.steps, settings=self.settings()
+      )
       logging.info('wrote %s', self.export)
     if jax.process_count() > 1:
       hosts.meet(f'exported {self.config.layer}')

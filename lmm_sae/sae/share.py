@@ -1,0 +1,77 @@
+"""A run's latents, made ready for those who look at them elsewhere."""
+
+import json
+import pathlib
+
+from lmm_sae.core import host, records
+from lmm_sae.core import neuronpedia as format_
+from lmm_sae.core.index import LatentIndex
+from lmm_sae.core.records import Explanation
+from lmm_sae.core.store import ActivationStore
+from lmm_sae.core.tokens import Kind
+from lmm_sae.core.workdir import Workdir
+from lmm_sae.sae import layouts
+
+
+def neuronpedia(
+  workdir: Workdir, layer: int, *, split: str, name: str, model: str
+) -> pathlib.Path:
+  """Writes WORKDIR/neuronpedia/<model>/<layer>-<name> and returns it.
+
+  Args:
+    workdir: of a run with an export and an index; explanations where there are
+      any.
+    layer: whose latents they are.
+    split: half whose exemplars are shown.
+    name: of Neuronpedia's source set.
+    model: lmm.path of the run.
+
+  Raises:
+    ValueError: one of them is missing, the index is of another SAE's size, or
+      the name is none that Neuronpedia takes.
+  """
+  index = LatentIndex.open(
+    workdir.require(workdir.index(layer, split), 'index')
+  )
+  export = workdir.require(workdir.export(layer), 'convert')
+  sae = layouts.find(export)
+  if index.num_latents != sae.config.latents:
+    raise ValueError(
+      f'{index.path} is of {index.num_latents} latents, {export} of '
+      f'{sae.config.latents}: run `lmm-sae index` again'
+    )
+  store = ActivationStore.open(workdir.acts(split))
+  kinds = [group['kinds'] for group in store.manifest]
+  bos = Kind.BOS.name.lower()
+  layers, neurons = _sizes(model)
+  source = format_.Source(
+    model=format_.slug(store.meta.model),
+    layer=layer,
+    name=name,
+    split=split,
+    layers=layers,
+    neurons=neurons,
+    width=sae.config.width,
+    prompts=sum(group['samples'] for group in store.manifest),
+    rows=sum(sum(group.values()) - group.get(bos, 0) for group in kinds),
+  )
+  return format_.write(
+    workdir.file('neuronpedia'),
+    source,
+    index,
+    lambda start, stop: sae.read('w_dec_MD', start, stop),
+    records.read(Explanation, workdir.file('explanations.jsonl')),
+  )
+
+
+def _sizes(model: str) -> tuple[int, int]:
+  """(layers, MLP width) of the subject; zeros where its folder is not here."""
+  for folder in (host.weights() / model, pathlib.Path(model)):
+    file = folder / 'config.json'
+    if file.is_file():
+      config = json.loads(file.read_text()).get('text_config', {})
+      return (
+        config.get('num_hidden_layers', 0),
+        config.get('intermediate_size', 0),
+      )
+  return 0, 0
