@@ -27,10 +27,10 @@ def between(new: Look, old: Look) -> dict[str, Any]:
     decoder rows of one index; null where there are not two of one shape.
   latents: {died, woke} by the idle counters; null where one has none.
   """
-  same = {new.facts['kind'], *_names(new)} == {old.facts['kind'], *_names(old)}
-  by = 'name' if same or not (new.parameters and old.parameters) else 'parameter'
-  if new.facts['kind'] == old.facts['kind'] == 'checkpoint':
-    by = 'name'
+  one, two = ((x.facts['kind'], x.facts.get('layout')) for x in (new, old))
+  by = 'name'
+  if one != two and new.parameters and old.parameters:
+    by = 'parameter'
   now, then = (_arrays(x) if by == 'name' else x.parameters for x in (new, old))
   shared = [name for name in now if name in then]
   alike = [name for name in shared if now[name].shape == then[name].shape]
@@ -51,10 +51,6 @@ def between(new: Look, old: Look) -> dict[str, Any]:
     'decoder': _decoder(new, old),
     'latents': _latents(new, old),
   }
-
-
-def _names(look):
-  return _arrays(look).keys()
 
 
 def _arrays(look):

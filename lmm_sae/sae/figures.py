@@ -4,9 +4,8 @@ Most is held for the decoder's neighbours: the decoder itself, M x D in float32,
 beside one block of its cosines.
 """
 
-import functools
-import json
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -15,6 +14,7 @@ import numpy as np
 
 from lmm_sae.core import progress
 from lmm_sae.core.index import LatentIndex
+from lmm_sae.sae import looking
 from lmm_sae.sae.looking import Look, Parameter
 from lmm_sae.sae.stored import Array
 
@@ -36,7 +36,8 @@ def of(look: Look) -> dict[str, Any]:
   idle: histogram of the rows since each latent fired; null.
   rates: [{split, rows, never, edges, counts}] of the share of rows that a
     latent fires on, from the indexes of the workdir.
-  neighbours: {edges, counts, median, max, pairs: [{latents, cosine}]} of the
+  neighbours: {latents, edges, counts, median, max, pairs: [{latents: [two],
+    cosine}]} of the
     largest cosine that each decoder row has with another; see `neighbours`.
   Histograms have edges [n + 1] and counts [n]; the last edge is within.
   """
@@ -74,7 +75,8 @@ def of_array(
   wide = parameter is not None and len(parameter.shape) == 2
   norms = []
   for _, block in array.blocks(axis=int(wide and parameter.transposed)):
-    x = block.astype(np.float64 if block.dtype.itemsize > 4 else np.float32)
+    block = np.abs(block) if block.dtype.kind == 'c' else block
+    x = block.astype(np.float64)
     finite = np.isfinite(x)
     if not finite.all():
       bad += int(x.size - finite.sum())
@@ -82,7 +84,7 @@ def of_array(
     if finite.any():
       low = min(low, float(x.min(where=finite, initial=np.inf)))
       high = max(high, float(x.max(where=finite, initial=-np.inf)))
-    square += float(np.sum(np.square(x), dtype=np.float64))
+    square += float(np.vdot(x, x))
     if wide:
       norms.append(np.sqrt(np.einsum('md,md->m', x, x)))
   some = low <= high
@@ -138,17 +140,15 @@ def _idle(look: Look) -> dict[str, Any] | None:
   return None if idle_M is None else histogram(idle_M, IDLE)
 
 
-def rates(path: pathlib.Path, latents: int):
+def rates(path: pathlib.Path, latents: int) -> Iterator[dict[str, Any]]:
   """Firing rates by the indexes of the workdir that a checkpoint lies in.
 
   They are of the SAE that was exported, whichever checkpoint is looked at.
   """
-  for folder in (path, *path.parents):
-    if folder.parent.name == 'sae' and folder.name.isdigit():
-      break
-  else:
+  root, layer = looking.around(path)
+  if root is None:
     return
-  for found in sorted((folder.parents[1] / 'index' / folder.name).glob('*')):
+  for found in sorted((root / 'index' / layer).glob('*')):
     if not (found / 'meta.json').is_file():
       continue
     index = LatentIndex.open(found)
@@ -163,37 +163,40 @@ def rates(path: pathlib.Path, latents: int):
     }
 
 
-def unit(decoder: Parameter) -> np.ndarray:
-  """Its rows with unit norm, float32 [M, D].
+def unit(decoder: Parameter) -> tuple[np.ndarray, np.ndarray]:
+  """(its rows that have a direction, with unit norm, float32; which they are).
 
-  Rows of zeros, and those that hold NaN or Inf, are zeros: cosines of 0.
+  Rows of zeros, and those that hold NaN or Inf, have none.
   """
   unit_MD = np.zeros(decoder.shape, np.float32)
+  kept = []
   for at, block in decoder.blocks():
-    whole = np.isfinite(block).all(1)
-    block = np.where(whole[:, None], block, 0)
-    length = np.linalg.norm(block, axis=1, keepdims=True)
-    unit_MD[at : at + len(block)] = block / np.where(length > 0, length, 1)
-  return unit_MD
+    norm_N = np.linalg.norm(block, axis=1)
+    some = np.flatnonzero(np.isfinite(norm_N) & (norm_N > 0))
+    rows = slice(len(kept), len(kept) + len(some))
+    unit_MD[rows] = block[some] / norm_N[some, None]
+    kept += (at + some).tolist()
+  return unit_MD[: len(kept)], np.array(kept, np.int64)
 
 
-def neighbours(decoder: Parameter, block: int = BLOCK) -> dict[str, Any]:
+def neighbours(decoder: Parameter, block: int = BLOCK) -> dict[str, Any] | None:
   """The nearest other decoder row of each latent, by cosine.
 
-  `pairs` are nearest neighbours, of at least one of the two, in falling order.
+  `pairs` are nearest neighbours, of at least one of the two, in falling order;
+  `latents` is how many have a direction to compare. None where two have not.
   """
-  unit_MD = unit(decoder)
+  unit_MD, kept_M = unit(decoder)
+  if len(kept_M) < 2:
+    return None
   best_M, at_M = nearest(unit_MD, min(block, len(unit_MD)))
-  order = np.argsort(-best_M, kind='stable')
   pairs = {}
-  for latent in order.tolist():
-    pair = tuple(sorted((latent, int(at_M[latent]))))
-    pairs.setdefault(pair, float(best_M[latent]))
+  for at in np.argsort(-best_M, kind='stable').tolist():
+    pair = tuple(sorted((int(kept_M[at]), int(kept_M[at_M[at]]))))
+    pairs.setdefault(pair, float(best_M[at]))
     if len(pairs) == PAIRS:
       break
-  if len(best_M) < 2:
-    return {**histogram(best_M[:0], COSINES), 'pairs': []}
   return {
+    'latents': len(kept_M),
     **histogram(best_M, COSINES),
     'median': float(np.median(best_M)),
     'max': float(best_M.max()),
@@ -235,7 +238,7 @@ def nearest(unit_MD: np.ndarray, block: int) -> tuple[np.ndarray, np.ndarray]:
   return best_M, at_M
 
 
-@functools.partial(jax.jit, donate_argnums=())
+@jax.jit
 def _cosines(one_BD, two_BD, one, two, count):
   """((best, which) of the rows of one, the same of the rows of two)."""
   cos_BB = jnp.dot(one_BD, two_BD.T, precision='highest')
@@ -271,13 +274,3 @@ def of_store(look: Look) -> dict[str, Any]:
       'norm': spread(norm_N) if len(norm_N) else None,
     }
   return found
-
-
-def fvu(path: pathlib.Path) -> float | None:
-  """What the workdir of an export has measured of it, if it has."""
-  for folder in path.parents:
-    file = folder.parent.parent / 'evaluation.json'
-    if folder.parent.name == 'sae' and file.is_file():
-      table = json.loads(file.read_text()).get(folder.name, {})
-      return table.get('all', {}).get('fvu')
-  return None

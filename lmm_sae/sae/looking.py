@@ -34,9 +34,9 @@ settings        of the run (checkpoint), cfg.json (export), meta.json (store)
 metadata        whatever else other programs wrote as JSON, by item
 position        where the rows go on: {pool, row} for each share of the data
 processes       that wrote a checkpoint; `saved`: when, UTC
-arrays          {name, item, shape, dtype, bytes, stored_bytes, chunks, sharding}
-                sharding: {mesh: {axis: devices}, spec: [axis, axes or null a
-                dimension]}, {device}, {type}, or null
+arrays          {name, item, shape, dtype, bytes, stored_bytes, chunks,
+                sharding}; sharding is {mesh: {axis: devices}, spec: [axis,
+                axes or null a dimension]}, {device}, {type}, or null
 scalars         {name: value} of arrays without axes; values: of other leaves
 warnings        what is odd, and yet no damage
 stats, against  see `figures.of`, `differences.between`"""
@@ -165,6 +165,23 @@ def kind(path: str | os.PathLike) -> str:
   return 'export' if _layouts(path) else ''
 
 
+def is_workdir(path: str | os.PathLike) -> bool:
+  """Whether a folder is one that stages write, not a thing in it.
+
+  Raises:
+    ValueError, OSError: see `kind`.
+  """
+  if kind(path):
+    return False
+  path = pathlib.Path(path)
+  if any(path.glob('acts/*/meta.json')):
+    return True
+  if any(folder.name.isdigit() for folder in path.glob('sae/*')):
+    return True
+  file = path / 'config.json'  # models have one, too
+  return file.is_file() and 'config' in stored.read_json(file)
+
+
 def of_checkpoint(path: pathlib.Path) -> Look:
   """Looks at an orbax checkpoint, ours or another program's."""
   folder = orbax_files.read(path)
@@ -200,7 +217,9 @@ def of_checkpoint(path: pathlib.Path) -> Look:
   facts = _facts('checkpoint', path) | {
     'writer': 'lmm_sae' if ours else 'other',
     'format': version,
-    'step': numbers[0] if numbers else values.get('state.step', values.get('step')),
+    'step': numbers[0]
+    if numbers
+    else values.get('state.step', values.get('step')),
     'steps': list(siblings) if numbers else [],
     'fvu': metrics.get('fvu'),
     'saved': _time(note.get('commit_timestamp_nsecs')),
@@ -249,7 +268,7 @@ def of_export(path: pathlib.Path) -> Look:
       for folder, files in found.items()
     },
     'step': cfg.get('step'),
-    'fvu': None,
+    'fvu': _measured(folder),
     'settings': cfg,
     'arrays': [x.facts() for x in arrays],
     'warnings': _contradictions(cfg, parameters),
@@ -332,6 +351,23 @@ def of_store(path: pathlib.Path) -> Look:
 
 def _lazily(path, name, width, layout):
   return lambda: grid.open_array(path, name, width, layout, writes=False)
+
+
+def around(path: pathlib.Path) -> tuple[pathlib.Path | None, str]:
+  """(workdir, layer) that a checkpoint or an export lies in; (None, '')."""
+  for folder in (path, *path.parents):
+    if folder.parent.name == 'sae' and folder.name.isdigit():
+      return folder.parents[1], folder.name
+  return None, ''
+
+
+def _measured(path: pathlib.Path) -> float | None:
+  """The FVU of an export by the evaluation of its workdir, if it has one."""
+  root, layer = around(path)
+  if root is None or not (root / 'evaluation.json').is_file():
+    return None
+  table = stored.read_json(root / 'evaluation.json').get(layer, {})
+  return table.get('all', {}).get('fvu')
 
 
 def _facts(what: str, path: pathlib.Path) -> dict[str, Any]:

@@ -87,7 +87,7 @@ def steps(path: pathlib.Path) -> dict[int, pathlib.Path]:
 
 def _step(path: pathlib.Path) -> bool:
   """Whether a folder is named like a step: 500, or step_500."""
-  return bool(re.fullmatch(r'(.*\D)?\d+', path.name)) and path.is_dir()
+  return bool(re.fullmatch(r'(\w+[_-])?\d+', path.name)) and path.is_dir()
 
 
 def read(path: pathlib.Path) -> Folder:
@@ -178,7 +178,9 @@ def _processes(folder: pathlib.Path) -> int | None:
     if rank := re.fullmatch(r'process_(\d+)', file.name):
       read_json(file)
       ranks.append(int(rank[1]))
-  if sorted(ranks) != list(range(len(ranks))):
+  wrote = [x.name for x in folder.glob('ocdbt.process_*')]
+  wanted = {int(name.rpartition('_')[2]) for name in wrote} | {0, *ranks}
+  if len(ranks) != max(wanted) + 1:
     raise damaged(folder, f'{PROCESSES} lacks one of the processes')
   return len(ranks)
 

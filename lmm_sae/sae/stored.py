@@ -129,7 +129,7 @@ def tensors(file: pathlib.Path) -> list[Array]:
     header = json.loads(text)
     header.pop('__metadata__', None)
     found = [
-      (name, said['dtype'], tuple(said['shape']), *said['data_offsets'])
+      (name, said['dtype'], *_counts(said['shape'], said['data_offsets']))
       for name, said in header.items()
     ]
   except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -138,7 +138,7 @@ def tensors(file: pathlib.Path) -> list[Array]:
     ) from error
   arrays, end = [], 0
   for name, kind, shape, start, stop in sorted(found, key=lambda x: x[3:]):
-    if kind not in _DTYPES:
+    if not isinstance(kind, str) or kind not in _DTYPES:
       raise ValueError(f'{file}: {name} has the dtype {kind}, which is unknown')
     array = _mapped(file, name, _DTYPES[kind], shape, 8 + length + start)
     if start != end or stop - start != array.nbytes:
@@ -154,6 +154,13 @@ def tensors(file: pathlib.Path) -> list[Array]:
       f'{8 + length + end}'
     )
   return arrays
+
+
+def _counts(shape, offsets) -> tuple[tuple[int, ...], int, int]:
+  counts = [*shape, *offsets]
+  if not all(type(x) is int and x >= 0 for x in counts) or len(offsets) != 2:
+    raise ValueError(f'{shape} at {offsets}')
+  return tuple(shape), *offsets
 
 
 def _mapped(file, name, dtype, shape, offset) -> Array:
