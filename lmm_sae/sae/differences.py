@@ -104,8 +104,9 @@ def _change(new, old) -> dict[str, Any]:
     bad += int(finite.size - finite.sum())
     change = np.where(finite, now, 0) - np.where(finite, then, 0)
     most = max(most, float(np.abs(change).max(initial=0)))
-    gap += float(np.square(change).sum())
-    base += float(np.square(np.where(finite, then, 0)).sum())
+    gap += float(np.vdot(change, change))
+    then = np.where(finite, then, 0)
+    base += float(np.vdot(then, then))
   return {
     'max_abs': most,
     'relative': (gap / base) ** 0.5 if base else None,
@@ -119,9 +120,12 @@ def _decoder(new, old) -> dict[str, Any] | None:
     return None
   found = []
   for now, then in paired(*pair):
-    product = np.einsum('md,md->m', now, then)
-    length = np.linalg.norm(now, axis=1) * np.linalg.norm(then, axis=1)
-    found.append(product / np.where(length > 0, length, 1))
+    dot, now_M, then_M = (
+      np.einsum('md,md->m', *pair, dtype=np.float64)
+      for pair in ((now, then), (now, now), (then, then))
+    )
+    length_M = np.sqrt(now_M * then_M)
+    found.append(dot / np.where(length_M > 0, length_M, 1))
   cos_M = np.nan_to_num(np.concatenate(found))
   return {
     **figures.spread(cos_M),

@@ -171,7 +171,7 @@ def unit(decoder: Parameter) -> tuple[np.ndarray, np.ndarray]:
   unit_MD = np.zeros(decoder.shape, np.float32)
   kept = []
   for at, block in decoder.blocks():
-    norm_N = np.linalg.norm(block, axis=1)
+    norm_N = np.sqrt(np.einsum('md,md->m', block, block, dtype=np.float64))
     some = np.flatnonzero(np.isfinite(norm_N) & (norm_N > 0))
     rows = slice(len(kept), len(kept) + len(some))
     unit_MD[rows] = block[some] / norm_N[some, None]
@@ -263,8 +263,15 @@ def of_store(look: Look) -> dict[str, Any]:
     norms, bad = [], 0
     for start, stop in look.store.ranges:
       for at in range(start, stop, BLOCK):
-        x_ND = look.store.read(layer, at, min(at + BLOCK, stop))
-        norm_N = np.linalg.norm(x_ND.astype(np.float32), axis=1)
+        try:
+          x_ND = look.store.read(layer, at, min(at + BLOCK, stop))
+        except ValueError as error:
+          why = str(error).split(' [')[0][:300]
+          raise ValueError(
+            f'the store {look.path} is damaged: {why}'
+          ) from error
+        x_ND = x_ND.astype(np.float64)
+        norm_N = np.sqrt(np.einsum('nd,nd->n', x_ND, x_ND))
         bad += int((~np.isfinite(norm_N)).sum())
         norms.append(norm_N[np.isfinite(norm_N)])
     norm_N = np.concatenate(norms) if norms else np.zeros(0)

@@ -7,6 +7,7 @@
 Checkpoints of ours and of others (orbax), exported SAEs and activation stores.
 """
 
+import collections
 import dataclasses
 import datetime
 import os
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from lmm_sae.core import grid
+from lmm_sae.core import store as store_lib
 from lmm_sae.core.store import ActivationStore
 from lmm_sae.sae import checkpoint, exports, orbax_files, stored
 from lmm_sae.sae.stored import Array
@@ -112,7 +114,8 @@ class Look:
   def dead_after(self) -> int | None:
     """Rows without firing that make a latent dead."""
     settings = self.facts['settings'] or {}
-    return settings.get('sae', settings).get('dead_after')
+    after = settings.get('sae', settings).get('dead_after')
+    return after if isinstance(after, int) else None
 
 
 def look(path: str | os.PathLike) -> Look:
@@ -195,13 +198,15 @@ def of_checkpoint(path: pathlib.Path) -> Look:
     version = custom.pop('format_version')
     checkpoint.check_version(path, version, checkpoint.FORMAT_VERSION)
     settings = custom.pop('settings')
+    if not (
+      isinstance(settings, dict) and isinstance(settings.get('sae'), dict)
+    ):
+      raise orbax_files.damaged(path, 'its settings are none')
     _strict(folder)
   elif places in names:
     raise orbax_files.damaged(path, 'it lacks its settings')
-  metrics = {
-    **(note.get('metrics') or {}),
-    **(folder.documents.get('metrics') or {}),
-  }
+  metrics = [note.get('metrics'), folder.documents.get('metrics')]
+  fvu = [x['fvu'] for x in metrics if isinstance(x, dict) and 'fvu' in x]
   scalars = [x for x in folder.arrays if not x.shape][:SCALARS]
   values = {_full(x): x.read().item() for x in scalars}
   position = [
@@ -211,7 +216,9 @@ def of_checkpoint(path: pathlib.Path) -> Look:
     for pool, row in x.read().tolist()
   ]
   scale = values.get(f'{checkpoint.STATE}.scale', values.get('scale', 1.0))
-  parameters = _parameters(folder.arrays, scale if ours else 1.0)
+  if not (ours and np.isfinite(scale) and scale > 0):
+    scale = 1.0
+  parameters = _parameters(folder.arrays, scale)
   siblings = orbax_files.steps(path.parent)
   numbers = [step for step, other in siblings.items() if other == path]
   facts = _facts('checkpoint', path) | {
@@ -221,7 +228,7 @@ def of_checkpoint(path: pathlib.Path) -> Look:
     if numbers
     else values.get('state.step', values.get('step')),
     'steps': list(siblings) if numbers else [],
-    'fvu': metrics.get('fvu'),
+    'fvu': _number(*fvu[-1:]),
     'saved': _time(note.get('commit_timestamp_nsecs')),
     'processes': folder.processes,
     'settings': settings,
@@ -315,7 +322,10 @@ def of_store(path: pathlib.Path) -> Look:
   try:
     store = ActivationStore.open(path, partial=True)
     samples = len(store.samples())
-  except (KeyError, TypeError, ValueError) as error:
+    kinds = collections.Counter()
+    for line in store.manifest:
+      kinds.update({str(name): int(n) for name, n in line['kinds'].items()})
+  except (AttributeError, KeyError, TypeError, ValueError) as error:
     if 'format_version' in str(error):
       raise
     raise ValueError(f'the store {path} is damaged: {error}') from error
@@ -329,20 +339,16 @@ def of_store(path: pathlib.Path) -> Look:
     size = stored.disk(path / name)
     lazily = _lazily(path, name, meta.width, layout)
     arrays.append(Array(name, shape, dtype, size, lazily, '', chunks))
-  kinds: dict[str, int] = {}
-  for line in store.manifest:
-    for name, count in line['kinds'].items():
-      kinds[name] = kinds.get(name, 0) + count
   facts = _facts('store', path) | {
     'writer': 'lmm_sae',
-    'format': 1,
+    'format': store_lib.FORMAT_VERSION,
     'settings': dataclasses.asdict(meta),
     'groups': layout.groups,
     'committed': len(store.committed()),
     'samples': samples,
     'rejects': len(store.rejects()),
     'rows': store.num_rows,
-    'kinds': kinds,
+    'kinds': dict(kinds),
     'arrays': [x.facts() for x in arrays],
     'warnings': [] if store.complete else ['it is not complete'],
   }
@@ -366,8 +372,14 @@ def _measured(path: pathlib.Path) -> float | None:
   root, layer = around(path)
   if root is None or not (root / 'evaluation.json').is_file():
     return None
-  table = stored.read_json(root / 'evaluation.json').get(layer, {})
-  return table.get('all', {}).get('fvu')
+  value = stored.read_json(root / 'evaluation.json')
+  for key in (layer, 'all', 'fvu'):
+    value = value.get(key) if isinstance(value, dict) else None
+  return _number(value)
+
+
+def _number(value: Any = None) -> float | None:
+  return float(value) if isinstance(value, int | float) else None
 
 
 def _facts(what: str, path: pathlib.Path) -> dict[str, Any]:
@@ -413,7 +425,7 @@ def _parameters(arrays: list[Array], scale: float = 1.0) -> dict:
 
 
 def _time(nanoseconds: int | None) -> str | None:
-  if not nanoseconds:
+  if not isinstance(nanoseconds, int) or not 0 < nanoseconds < 2**63:
     return None
   at = datetime.datetime.fromtimestamp(nanoseconds / 1e9, datetime.UTC)
   return at.isoformat(timespec='seconds')

@@ -107,6 +107,9 @@ def read(path: pathlib.Path) -> Folder:
   handlers = note.get('item_handlers') if isinstance(note, dict) else 0
   if not isinstance(handlers, dict | str | None):
     raise damaged(path, f'{NOTE} holds no checkpoint')
+  for field in ('custom_metadata', 'metrics'):
+    if not isinstance(note.get(field), dict | None):
+      raise damaged(path, f'{NOTE} has {field} that is no object')
   items = {path.name: path} if root != path else _items(path, handlers)
   arrays, values, documents, ranks, warnings = [], {}, {}, {}, []
   for name, folder in items.items():
@@ -212,6 +215,8 @@ def _tree(folder, item) -> tuple[list[Array], dict[str, Any]]:
   strings = {}
   if any(kind == 'string' for kind, _ in kinds.values()):
     strings = read_json(folder / f'{STRINGS}.json')
+    if not isinstance(strings, dict):
+      raise damaged(folder, f'{STRINGS}.json holds no object')
   full = said.get('store_array_data_equal_to_fill_value', False)
   arrays, values = [], {}
   for name, (kind, skipped) in kinds.items():
@@ -250,6 +255,8 @@ def _array(folder, item, name, stored, sharded, full) -> Array:
       dtype = meta['data_type']
       chunks = tuple(meta['chunk_grid']['configuration']['chunk_shape'])
     dtype = np.dtype(dtype).name
+    if not all(type(side) is int and side >= 0 for side in (*shape, *chunks)):
+      raise ValueError(f'shape {shape} in chunks of {chunks}')
   except (ValueError, KeyError, TypeError) as error:
     raise damaged(folder, f'{name} has no zarr metadata ({error})') from error
   if full:

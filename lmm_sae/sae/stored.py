@@ -5,6 +5,7 @@ read a few rows at a time, when they are asked for. `tensors` lists those of a
 safetensors file; those of an orbax checkpoint are in `sae.orbax_files`.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -188,7 +189,13 @@ def read_json(file: pathlib.Path) -> Any:
 
 
 def disk(path: str | os.PathLike) -> int:
-  """Bytes of a file, or of all files below a folder."""
+  """Bytes of a file, or of all files below a folder.
+
+  Those that a run removes meanwhile are not counted.
+  """
   path = pathlib.Path(path)
-  files = [path] if path.is_file() else path.rglob('*')
-  return sum(file.stat().st_size for file in files if file.is_file())
+  total = 0
+  for file in [path] if path.is_file() else path.rglob('*'):
+    with contextlib.suppress(FileNotFoundError):
+      total += file.stat().st_size if file.is_file() else 0
+  return total

@@ -89,7 +89,7 @@ def _sae(facts) -> str:
     return ''
   kind = said.get('activation', said.get('architecture', ''))
   words = [f'{width} -> {latents} latents', f'k {said.get("k", "?")}', kind]
-  return ', '.join(word for word in words if word)
+  return ', '.join(str(word) for word in words if word)
 
 
 def _settings(facts) -> Iterator[str]:

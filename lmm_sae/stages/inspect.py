@@ -105,7 +105,7 @@ def of_workdir(
     try:
       if looking.kind(folder):
         parts.append(looking.look(folder).facts)
-    except ValueError as error:
+    except (ValueError, FileNotFoundError) as error:
       damaged.append(str(error))
   files = {}
   for file in (*sorted(path.glob('index/*/*')), *sorted(path.glob('*.json*'))):

@@ -3,15 +3,18 @@
 import json
 import os
 import pathlib
+import shutil
 
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as v0
 import pytest
+from hypothesis import strategies as st
 
 from lmm_sae.core.workdir import Workdir
-from lmm_sae.sae import checkpoint, exports, looking, trainer
+from lmm_sae.sae import checkpoint, exports, figures, looking, tables, trainer
 from lmm_sae.sae.checkpoint import Checkpoints, Note
 from tests.sae import small
 from tests.sae.small import CONFIG, LAYER, D, M
@@ -179,6 +182,39 @@ def test_ours_torn_at_any_file_is_refused(tmp_path, state, harm):
         unsaid.append(file)
     file.write_bytes(held)
   assert not unsaid
+
+
+@hypothesis.settings(
+  max_examples=150,
+  deadline=None,
+  derandomize=True,
+  suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
+)
+@hypothesis.given(data=st.data())
+def test_whatever_befalls_a_file_is_an_error_or_shown(ours, tmp_path, data):
+  path = tmp_path / '5'
+  if not path.exists():
+    shutil.copytree(ours, path)
+  files = sorted(x for x in path.rglob('*') if x.is_file())
+  file = data.draw(st.sampled_from(files))
+  held = file.read_bytes()
+  at = data.draw(st.integers(0, len(held)))
+  gone = data.draw(st.integers(0, 9))
+  new = data.draw(
+    st.one_of(
+      st.binary(max_size=6),
+      st.sampled_from([b'null', b'[]', b'{}', b'-1', b'"x"', b'1e999', b'}']),
+    )
+  )
+  whole = data.draw(st.booleans())
+  file.write_bytes(new if whole else held[:at] + new + held[at + gone :])
+  try:
+    look = looking.look(path)
+    list(tables.lines(look.facts | {'stats': figures.of(look)}))
+  except ValueError as error:
+    assert '\n' not in str(error)  # noqa: PT017 - or nothing is raised
+  finally:
+    file.write_bytes(held)
 
 
 def test_a_newer_format_is_refused_by_number(tmp_path, state, monkeypatch):
