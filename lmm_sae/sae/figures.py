@@ -15,7 +15,8 @@ import numpy as np
 from lmm_sae.core import progress
 from lmm_sae.core.index import LatentIndex
 from lmm_sae.sae import looking
-from lmm_sae.sae.looking import Look, Parameter
+from lmm_sae.sae.looking import Look
+from lmm_sae.sae.parameters import Parameter
 from lmm_sae.sae.stored import Array
 
 BLOCK = 4096  # decoder rows in one product: [4096, 4096] cosines are 64 MB

@@ -13,7 +13,6 @@ import datetime
 import os
 import pathlib
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,8 @@ from lmm_sae.core import grid
 from lmm_sae.core import store as store_lib
 from lmm_sae.core.store import ActivationStore
 from lmm_sae.sae import checkpoint, exports, orbax_files, stored
+from lmm_sae.sae import parameters as parameters_lib
+from lmm_sae.sae.parameters import Parameter
 from lmm_sae.sae.stored import Array
 
 FORMAT_VERSION = 1  # of the facts
@@ -45,45 +46,6 @@ stats, against  see `figures.of`, `differences.between`"""
 
 LAYOUTS = {'sae.safetensors': 'sparsify', 'sae_weights.safetensors': 'saelens'}
 SCALARS = 200  # arrays without axes that are read
-
-# Names of the SAE's arrays: ours, sparsify's, SAELens's.
-_NAMES = {
-  'w_enc_MD': ('w_enc_MD', 'encoder.weight', 'W_enc'),
-  'b_enc_M': ('b_enc_M', 'encoder.bias', 'b_enc'),
-  'w_dec_MD': ('w_dec_MD', 'W_dec'),
-  'b_dec_D': ('b_dec_D', 'b_dec'),
-  'theta_M': ('theta_M', 'threshold'),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Parameter:
-  """An array of an SAE, in float32, for rows as the store holds them.
-
-  Attributes:
-    array: on disk.
-    transposed: whether it stands there as [D, M].
-    divisor: what is stored is so many times as large.
-  """
-
-  array: Array
-  transposed: bool = False
-  divisor: float = 1.0
-
-  @property
-  def shape(self) -> tuple[int, ...]:
-    return self.array.shape[:: -1 if self.transposed else 1]
-
-  def blocks(
-    self, elements: int = stored.BLOCK
-  ) -> Iterator[tuple[int, np.ndarray]]:
-    """(first row, rows) of pieces, see `Array.blocks`."""
-    for at, block in self.array.blocks(elements, int(self.transposed)):
-      yield at, block.astype(np.float32) / np.float32(self.divisor)
-
-  def read(self) -> np.ndarray:
-    """All of it."""
-    return np.concatenate([block for _, block in self.blocks()])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,10 +163,10 @@ def of_checkpoint(path: pathlib.Path) -> Look:
     if not (
       isinstance(settings, dict) and isinstance(settings.get('sae'), dict)
     ):
-      raise orbax_files.damaged(path, 'its settings are none')
+      raise stored.damaged(path, 'its settings are none')
     _strict(folder)
   elif places in names:
-    raise orbax_files.damaged(path, 'it lacks its settings')
+    raise stored.damaged(path, 'it lacks its settings')
   metrics = [note.get('metrics'), folder.documents.get('metrics')]
   fvu = [x['fvu'] for x in metrics if isinstance(x, dict) and 'fvu' in x]
   scalars = [x for x in folder.arrays if not x.shape][:SCALARS]
@@ -218,7 +180,7 @@ def of_checkpoint(path: pathlib.Path) -> Look:
   scale = values.get(f'{checkpoint.STATE}.scale', values.get('scale', 1.0))
   if not (ours and np.isfinite(scale) and scale > 0):
     scale = 1.0
-  parameters = _parameters(folder.arrays, scale)
+  parameters = parameters_lib.found(folder.arrays, scale)
   siblings = orbax_files.steps(path.parent)
   numbers = [step for step, other in siblings.items() if other == path]
   facts = _facts('checkpoint', path) | {
@@ -246,9 +208,9 @@ def _strict(folder: orbax_files.Folder) -> None:
   """Refuses one of ours that lacks what ours have and others may lack."""
   lacks = {x.item for x in folder.arrays if x.sharding is None}
   if lacks:
-    raise orbax_files.damaged(folder.path, f'{min(lacks)}/_sharding is missing')
+    raise stored.damaged(folder.path, f'{min(lacks)}/_sharding is missing')
   if folder.processes is None:
-    raise orbax_files.damaged(folder.path, 'array_metadatas is missing')
+    raise stored.damaged(folder.path, 'array_metadatas is missing')
 
 
 def of_export(path: pathlib.Path) -> Look:
@@ -265,7 +227,7 @@ def of_export(path: pathlib.Path) -> Look:
   if version is not None:
     checkpoint.check_version(folder, version, exports.FORMAT_VERSION)
   arrays = [x for file in files for x in stored.tensors(file)]
-  parameters = _parameters(arrays)
+  parameters = parameters_lib.found(arrays)
   facts = _facts('export', folder) | {
     'writer': 'other' if version is None else 'lmm_sae',
     'format': version,
@@ -393,35 +355,6 @@ def _facts(what: str, path: pathlib.Path) -> dict[str, Any]:
 
 def _full(array: Array) -> str:
   return f'{array.item}.{array.name}' if array.item else array.name
-
-
-def _parameters(arrays: list[Array], scale: float = 1.0) -> dict:
-  """The SAE's arrays by `Params` names; {} where there is no decoder.
-
-  Args:
-    arrays: of one checkpoint or export.
-    scale: what the rows were multiplied by in training: biases are as long.
-  """
-  found = {}
-  for name, names in _NAMES.items():
-    ends = tuple(f'.{x}' for x in names)
-    fits = [x for x in arrays if f'.{x.name}'.endswith(ends)]
-    if fits:  # the shortest name: moments of an optimiser lie deeper
-      found[name] = min(fits, key=lambda x: x.name.count('.'))
-  decoder = found.get('w_dec_MD')
-  if decoder is None or len(decoder.shape) != 2:
-    return {}
-  latents, width = decoder.shape
-  wanted = {'w_enc_MD': (latents, width), 'b_dec_D': (width,)}
-  parameters = {}
-  for name, array in found.items():
-    shape = wanted.get(name, (latents,) if name != 'w_dec_MD' else array.shape)
-    turned = array.shape != shape or array.name.split('.')[-1] == 'W_enc'
-    turned = turned and name == 'w_enc_MD' and array.shape == shape[::-1]
-    if turned or array.shape == shape:
-      own = 1.0 if name.startswith('w_') else scale
-      parameters[name] = Parameter(array, turned, own)
-  return parameters
 
 
 def _time(nanoseconds: int | None) -> str | None:

@@ -29,14 +29,13 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 
-from lmm_sae.sae.stored import Array, read_json
+from lmm_sae.sae import ocdbt
+from lmm_sae.sae.stored import Array, damaged, read_json
 
 TORN = '.orbax-checkpoint-tmp'
-NOTE, TREE, SHARDING = '_CHECKPOINT_METADATA', '_METADATA', '_sharding'
-MANIFEST, PROCESSES, STRINGS = 'manifest.ocdbt', 'array_metadatas', '_strings'
-
-_META = {'.zarray': 'zarr', 'zarr.json': 'zarr3'}  # of an array -> its driver
-_CHUNK = re.compile(r'(.*?)/(c(?:/\d+)*|[^/]+)')  # zarr 3 has array/c/0/1
+NOTE, TREE = '_CHECKPOINT_METADATA', '_METADATA'
+SHARDING, PROCESSES, STRINGS = '_sharding', 'array_metadatas', '_strings'
+MANIFEST = ocdbt.MANIFEST
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,14 +129,6 @@ def read(path: pathlib.Path) -> Folder:
   return Folder(path, note, arrays, values, documents, count, warnings)
 
 
-def damaged(path: pathlib.Path, why: Any) -> ValueError:
-  """The error of a checkpoint that lacks something."""
-  text = str(why).split(' [')[0]
-  if 'PERMISSION_DENIED' in text:
-    return ValueError(f'{path} cannot be read: permission denied')
-  return ValueError(f'the checkpoint {path} is damaged: {text[:300]}')
-
-
 def _items(path, handlers) -> dict[str, pathlib.Path]:
   """{name: folder}; '' is the checkpoint itself, where it is one tree."""
   if (path / TREE).is_file():
@@ -204,11 +195,11 @@ def _tree(folder, item) -> tuple[list[Array], dict[str, Any]]:
     }
   except (KeyError, TypeError, AttributeError) as error:
     raise damaged(folder, f'{TREE} has no tree ({error})') from error
-  ocdbt = said.get('use_ocdbt', (folder / MANIFEST).is_file())
-  if not ocdbt:
+  database = said.get('use_ocdbt', (folder / MANIFEST).is_file())
+  if not database:
     stored = dict(_folders(folder))
   elif (folder / MANIFEST).is_file():
-    stored = _database(folder)
+    stored = ocdbt.database(folder)
   else:
     stored = {}
   sharded = _shardings(folder / SHARDING)
@@ -228,21 +219,11 @@ def _tree(folder, item) -> tuple[list[Array], dict[str, Any]]:
       values[name] = None if kind == 'None' else kind
     elif name in stored:
       arrays.append(_array(folder, item, name, stored[name], sharded, full))
-    elif ocdbt and not (folder / MANIFEST).is_file():
+    elif database and not (folder / MANIFEST).is_file():
       raise damaged(folder, f'{MANIFEST} is missing')
     else:
       raise damaged(folder, f'the array {name} is missing')
   return arrays, values
-
-
-@dataclasses.dataclass
-class _Stored:
-  """What stands on disk of one array: its zarr metadata, bytes and chunks."""
-
-  driver: str = ''
-  meta: bytes = b''
-  size: int = 0
-  chunks: int = 0
 
 
 def _array(folder, item, name, stored, sharded, full) -> Array:
@@ -307,10 +288,10 @@ class _Opened:
       raise damaged(self._folder, error) from error
 
 
-def _folders(folder: pathlib.Path) -> Iterator[tuple[str, _Stored]]:
+def _folders(folder: pathlib.Path) -> Iterator[tuple[str, ocdbt.Stored]]:
   """{name: what is stored} where every array has a folder."""
   for meta in folder.rglob('*'):
-    if meta.name not in _META or not meta.is_file():
+    if meta.name not in ocdbt.META or not meta.is_file():
       continue
     files = [f for f in meta.parent.rglob('*') if f.is_file() and f != meta]
     for file in files:
@@ -318,67 +299,13 @@ def _folders(folder: pathlib.Path) -> Iterator[tuple[str, _Stored]]:
         raise damaged(folder, f'{file.relative_to(folder)} is empty')
     yield (
       str(meta.parent.relative_to(folder)),
-      _Stored(
-        _META[meta.name],
+      ocdbt.Stored(
+        ocdbt.META[meta.name],
         meta.read_bytes(),
         sum(file.stat().st_size for file in files),
         len(files),
       ),
     )
-
-
-def _database(folder: pathlib.Path) -> dict[str, _Stored]:
-  """{name: what is stored} of an OCDBT database.
-
-  Raises:
-    ValueError: a node cannot be read, or a file is shorter than it must be.
-  """
-  base = ts.KvStore.open({'driver': 'file', 'path': f'{folder}/'}).result()
-  found, ends = {}, {}
-  try:
-    versions = ts.ocdbt.dump(base).result()['versions']
-    if not versions:
-      raise damaged(folder, f'{MANIFEST} names no version')
-    root = versions[-1]['root'].get('location')
-    for key, inline, place in _entries(base, root, b'') if root else ():
-      array, chunk = _CHUNK.fullmatch(key.decode()).groups()
-      stored = found.setdefault(array, _Stored())
-      size = len(inline) if place is None else _extent(place, ends)
-      if chunk in _META:
-        stored.driver = _META[chunk]
-        stored.meta = inline or ts.ocdbt.dump(base, place).result()
-      else:
-        stored.chunks += 1
-        stored.size += size
-  except (ValueError, KeyError, TypeError) as error:
-    if 'is damaged' in str(error):
-      raise
-    raise damaged(folder, error) from error
-  for file, end in ends.items():
-    length = (folder / file).stat().st_size if (folder / file).exists() else -1
-    if length < end:
-      lacks = 'is missing' if length < 0 else f'has {length} bytes of {end}'
-      raise damaged(folder, f'{file} {lacks}')
-  return found
-
-
-def _entries(base, node: str, prefix: bytes) -> Iterator[tuple]:
-  """(key, value or None, place or None) of a B+ tree, in order."""
-  for entry in ts.ocdbt.dump(base, node).result()['entries']:
-    key = prefix + entry['key']
-    if 'location' in entry:
-      below = prefix + entry['subtree_common_prefix']
-      yield from _entries(base, entry['location'], below)
-    else:
-      yield key, entry.get('inline_value'), entry.get('indirect_value')
-
-
-def _extent(place: str, ends: dict[str, int]) -> int:
-  """The bytes of a value at `value:folder:file:offset:length`."""
-  _, folder, file, start, length = place.split(':')
-  name = f'{folder}{file}'
-  ends[name] = max(ends.get(name, 0), int(start) + int(length))
-  return int(length)
 
 
 def _shardings(file: pathlib.Path) -> dict[str, dict[str, Any]]:

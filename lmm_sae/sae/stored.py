@@ -176,6 +176,14 @@ def _mapped(file, name, dtype, shape, offset) -> Array:
   return Array(name, shape, dtype, math.prod(shape) * item, mapped)
 
 
+def damaged(path: pathlib.Path, why: Any) -> ValueError:
+  """The error of a checkpoint that lacks something."""
+  text = str(why).split(' [')[0]
+  if 'PERMISSION_DENIED' in text:
+    return ValueError(f'{path} cannot be read: permission denied')
+  return ValueError(f'the checkpoint {path} is damaged: {text[:300]}')
+
+
 def read_json(file: pathlib.Path) -> Any:
   """What a JSON file says.
 

@@ -12,7 +12,7 @@ import tensorstore as ts
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint import v1
 
-from lmm_sae.sae import orbax_files
+from lmm_sae.sae import ocdbt, orbax_files
 
 W_SHAPE = 8, 6
 
@@ -229,7 +229,7 @@ def test_a_tree_of_many_nodes_has_every_key(tmp_path):
     for at in range(40):
       store.with_transaction(transaction)[f'aa.b/c/{at:03d}'] = b'x' * (at + 1)
     store.with_transaction(transaction)['aa.b/zarr.json'] = b'{"long": true}'
-  found = orbax_files._database(tmp_path)
+  found = ocdbt.database(tmp_path)
   assert list(found) == ['aa.b']
   stored = found['aa.b']
   assert (stored.chunks, stored.size) == (40, 40 * 41 // 2)
