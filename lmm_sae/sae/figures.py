@@ -35,8 +35,8 @@ def of(look: Look) -> dict[str, Any]:
   b_dec_norm: for rows as the store holds them.
   dead: {count, share, latents, dead_after}; null where nothing counts.
   idle: histogram of the rows since each latent fired; null.
-  rates: [{split, rows, never, edges, counts}] of the share of rows that a
-    latent fires on, from the indexes of the workdir.
+  rates: [{source, rows, never, edges, counts}] of the share of rows that a
+    latent fires on, by the indexes and the evaluation of the workdir.
   neighbours: {latents, edges, counts, median, max, pairs: [{latents: [two],
     cosine}]} of the
     largest cosine that each decoder row has with another; see `neighbours`.
@@ -142,7 +142,7 @@ def _idle(look: Look) -> dict[str, Any] | None:
 
 
 def rates(path: pathlib.Path, latents: int) -> Iterator[dict[str, Any]]:
-  """Firing rates by the indexes of the workdir that a checkpoint lies in.
+  """Firing rates that the workdir of a checkpoint knows, see `of`.
 
   They are of the SAE that was exported, whichever checkpoint is looked at.
   """
@@ -154,14 +154,24 @@ def rates(path: pathlib.Path, latents: int) -> Iterator[dict[str, Any]]:
       continue
     index = LatentIndex.open(found)
     fired_M = index.stats['rows_fired']
-    if len(fired_M) != latents:
-      continue
-    yield {
-      'split': found.name,
-      'rows': index.meta.rows,
-      'never': int((fired_M == 0).sum()),
-      **histogram(fired_M[fired_M > 0] / max(1, index.meta.rows), RATES),
-    }
+    if len(fired_M) == latents:
+      yield {
+        'source': str(found.relative_to(root)),
+        'rows': index.meta.rows,
+        'never': int((fired_M == 0).sum()),
+        **histogram(fired_M[fired_M > 0] / max(1, index.meta.rows), RATES),
+      }
+  measured = looking.measured(path)
+  firing = measured.get('firing')  # by log10 of the rate
+  if isinstance(firing, dict) and {'edges', 'latents', 'never'} <= set(firing):
+    if sum(firing['latents']) + firing['never'] == latents:
+      yield {
+        'source': 'evaluation.json',
+        'rows': measured.get('rows'),
+        'never': firing['never'],
+        'edges': [10.0**edge for edge in firing['edges']],
+        'counts': firing['latents'],
+      }
 
 
 def unit(decoder: Parameter) -> tuple[np.ndarray, np.ndarray]:

@@ -237,7 +237,7 @@ def of_export(path: pathlib.Path) -> Look:
       for folder, files in found.items()
     },
     'step': cfg.get('step'),
-    'fvu': _measured(folder),
+    'fvu': _number(measured(folder).get('fvu')),
     'settings': cfg,
     'arrays': [x.facts() for x in arrays],
     'warnings': _contradictions(cfg, parameters),
@@ -329,15 +329,15 @@ def around(path: pathlib.Path) -> tuple[pathlib.Path | None, str]:
   return None, ''
 
 
-def _measured(path: pathlib.Path) -> float | None:
-  """The FVU of an export by the evaluation of its workdir, if it has one."""
+def measured(path: pathlib.Path) -> dict[str, Any]:
+  """What the evaluation of its workdir says of an SAE over all rows; or {}."""
   root, layer = around(path)
   if root is None or not (root / 'evaluation.json').is_file():
-    return None
+    return {}
   value = stored.read_json(root / 'evaluation.json')
-  for key in (layer, 'all', 'fvu'):
+  for key in (layer, 'all'):
     value = value.get(key) if isinstance(value, dict) else None
-  return _number(value)
+  return value if isinstance(value, dict) else {}
 
 
 def _number(value: Any = None) -> float | None:

@@ -218,12 +218,12 @@ def _stats(stats) -> Iterator[str]:
     yield from bars('rows since each latent fired', stats['idle'])
   for rates in stats['rates']:
     yield from bars(
-      f'firing rates, index of split {rates["split"]}, {rates["rows"]} rows: '
+      f'firing rates by {rates["source"]}, {rates["rows"]} rows: '
       f'{rates["never"]} latents never',
       rates,
     )
   if not stats['rates']:
-    yield '  firing rates: unknown, there is no index of this SAE in a workdir'
+    yield '  firing rates: unknown, no workdir around it has an index of it'
   near = stats['neighbours']
   if near is None:
     return

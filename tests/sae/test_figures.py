@@ -1,6 +1,7 @@
 """Figures against what numpy says of whole arrays."""
 
 import dataclasses
+import json
 
 import jax
 import numpy as np
@@ -140,12 +141,27 @@ def test_firing_rates_come_from_the_index_of_the_workdir(tmp_path, config):
   index.run(config, workdir)
   look = looking.look(workdir.export(toy.LAYER))
   rates = figures.of(look)['rates']
-  assert [x['split'] for x in rates] == ['a', 'b']
+  index_of = f'index/{toy.LAYER}'
+  assert [x['source'] for x in rates] == [f'{index_of}/a', f'{index_of}/b']
   for of in rates:
     assert of['never'] + sum(of['counts']) == toy.M
     assert of['never'] >= 1  # latent 6 never fires
     assert of['counts'][-1] >= 1  # latent 4 always does
   assert Workdir.of(tmp_path).root in look.path.parents
+
+
+def test_firing_rates_come_from_an_evaluation_with_a_histogram(tmp_path):
+  path = Workdir.of(tmp_path).export(small.LAYER)
+  exports.write(small.random_sae(), path)
+  firing = {'edges': [-8, -3, 0], 'latents': [4, 6], 'never': 2}
+  table = {str(small.LAYER): {'all': {'rows': 99, 'firing': firing}}}
+  (tmp_path / 'evaluation.json').write_text(json.dumps(table))
+  (rates,) = figures.of(looking.look(path))['rates']
+  assert rates['edges'] == pytest.approx([1e-8, 1e-3, 1])
+  assert (rates['counts'], rates['never']) == ([4, 6], 2)
+  firing['never'] = 3  # of an SAE with more latents
+  (tmp_path / 'evaluation.json').write_text(json.dumps(table))
+  assert figures.of(looking.look(path))['rates'] == []
 
 
 def test_histograms_count_everything_once():
