@@ -163,15 +163,17 @@ def rates(path: pathlib.Path, latents: int) -> Iterator[dict[str, Any]]:
       }
   measured = looking.measured(path)
   firing = measured.get('firing')  # by log10 of the rate
-  if isinstance(firing, dict) and {'edges', 'latents', 'never'} <= set(firing):
-    if sum(firing['latents']) + firing['never'] == latents:
-      yield {
-        'source': 'evaluation.json',
-        'rows': measured.get('rows'),
-        'never': firing['never'],
-        'edges': [10.0**edge for edge in firing['edges']],
-        'counts': firing['latents'],
-      }
+  if not isinstance(firing, dict):
+    return
+  counts, never = firing.get('latents', []), firing.get('never', 0)
+  if counts and sum(counts) + never == latents:
+    yield {
+      'source': 'evaluation.json',
+      'rows': measured.get('rows'),
+      'never': never,
+      'edges': [10.0**edge for edge in firing['edges']],
+      'counts': counts,
+    }
 
 
 def unit(decoder: Parameter) -> tuple[np.ndarray, np.ndarray]:
