@@ -119,6 +119,7 @@ def test_a_checkpoint_and_its_export_have_the_same_parameters(two, tmp_path):
   for layout in ('sparsify', 'saelens'):
     found = differences.between(look(tmp_path / 'out' / layout), look(path))
     assert found['arrays']['by'] == 'parameter'
+    assert not any(found['settings'].values())
     changes = found['arrays']['changes']
     assert {'w_enc_MD', 'b_enc_M', 'w_dec_MD', 'b_dec_D'} <= set(changes)
     assert all(x['max_abs'] < 1e-6 for x in changes.values())
