@@ -89,6 +89,12 @@ def get_config() -> ConfigDict:
         'name': 'res-lmm-sae',  # of Neuronpedia's source set
         'split': 'b',  # half whose exemplars Neuronpedia shows
       },
+      'inspect': {
+        'path': '',  # checkpoint, SAE or store that is shown; '': the workdir
+        'stats': False,  # read the arrays, too: norms, dead, neighbours
+        'against': '',  # another checkpoint or SAE: what differs from it
+        'json': False,  # print one JSON object instead of a table
+      },
       'evaluate': {
         'split': 'b',  # acts split that is measured
         'rows': 200_000,  # rows read at most; 0: all

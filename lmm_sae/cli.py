@@ -25,6 +25,7 @@ from lmm_sae.core.workdir import Workdir
 
 USAGE = """\
 lmm-sae STAGE --config=FILE --workdir=DIR [--config.section.field=value]
+lmm-sae inspect PATH [--stats] [--json] [--against=PATH]
 
   --config     a file with get_config(), or the config.json of a workdir
   --workdir    folder of the run; running a stage again goes on where it was
@@ -46,6 +47,9 @@ class Stage:
     needs: whether --workdir must be given.
     undone: config.json is as it was before where the stage fails: what it
       refuses leaves no trace.
+    takes: its field that a word after its name is the value of; '' for none.
+      Those in SHORT go without `config.` and section there, too: --stats is
+      --config.inspect.stats=true.
   """
 
   does: str
@@ -53,6 +57,7 @@ class Stage:
   writes: bool = True
   needs: bool = True
   undone: bool = False
+  takes: str = ''
 
 
 STAGES = {
@@ -82,7 +87,13 @@ STAGES = {
   'serve': Stage(
     'serve the subject and its judges over HTTP', ('lmm', 'server'), False
   ),
-  'inspect': Stage('show what a workdir holds', ('inspect',), False),
+  'inspect': Stage(
+    'show what a checkpoint, an SAE, a store or a workdir holds',
+    ('inspect',),
+    False,
+    False,
+    takes='path',
+  ),
   'convert': Stage(
     'read and write other SAE layouts', ('convert',), undone=True
   ),
@@ -95,6 +106,7 @@ STAGES = {
   'doctor': Stage('say what runs on this machine, and why', (), False, False),
 }
 DEFAULT_WORKDIR = 'runs/demo'
+SHORT = {'stats': False, 'json': False, 'against': True}  # field: has a value
 TOP = ('seed', 'acts')  # fields that every stage may read
 
 EXTRAS = {  # the extra that brings a package which the core does not need
@@ -144,8 +156,12 @@ def _run(argv: list[str]) -> int:
   if '--version' in rest:
     print(lmm_sae.__version__)
     return 0
+  short, rest = _short(names, rest)
   values = _flags(rest)
   name, stage = _stage(values.positional)
+  overrides += [f'--config.{name}.{word}' for word in short]
+  if stage.takes and values.positional[1:]:
+    overrides.append(f'--config.{name}.{stage.takes}={values.positional[1]}')
   if not values.workdir and stage.needs:
     raise UsageError(f'{name}: --workdir=DIR is missing')
   if re.match(r'\w+://', values.workdir):
@@ -280,6 +296,25 @@ def _split(argv: list[str]) -> tuple[list[str], list[str]]:
   return overrides, rest
 
 
+def _short(names: list[str], rest: list[str]) -> tuple[list[str], list[str]]:
+  """Fields that are given without section, as `field=value`; other words."""
+  if not any(STAGES[name].takes for name in names if name in STAGES):
+    return [], rest
+  short, left = [], []
+  words = iter(rest)
+  for word in words:
+    field, equals, value = word.lstrip('-').partition('=')
+    if not word.startswith('--') or field not in SHORT:
+      left.append(word)
+      continue
+    if not equals:
+      value = next(words, '') if SHORT[field] else 'true'
+    if not value or value.startswith('--'):
+      raise UsageError(f'{word} has no value: write {word}=VALUE')
+    short.append(f'{field}={value}')
+  return short, left
+
+
 def _stage(positional: list[str]) -> tuple[str, Stage]:
   if not positional:
     raise UsageError(f'which stage? One of {", ".join(STAGES)}')
@@ -288,7 +323,7 @@ def _stage(positional: list[str]) -> tuple[str, Stage]:
     near = difflib.get_close_matches(name, STAGES, n=1)
     hint = f'did you mean {near[0]}?' if near else f'one of {", ".join(STAGES)}'
     raise UsageError(f'unknown stage {name!r}: {hint}')
-  if more:
+  if more := more[bool(STAGES[name].takes) :]:
     raise UsageError(f'one stage at a time: what is {" ".join(more)!r}?')
   return name, STAGES[name]
 

@@ -1,88 +1,138 @@
-"""inspect: shows what a workdir holds.
+"""inspect: shows what a checkpoint, an SAE, a store or a workdir holds.
 
-Prints every store, checkpoint and export with shapes, dtypes, sizes and the
-settings that it was made with, and the result files with their lines.
+    lmm-sae inspect PATH              or --config.inspect.path=PATH
+    lmm-sae inspect --workdir=DIR     everything in it, in short
+    lmm-sae inspect PATH --stats      norms, dead latents, neighbours
+    lmm-sae inspect PATH --against=OLD
+    lmm-sae inspect PATH --json
+
+PATH is any orbax checkpoint, ours or not, or the last of a folder of them, an
+SAE in safetensors or an activation store. Neither a config nor the model is
+needed. Arrays are not read, unless for --stats and --against.
+
+What --json prints is what the table is made from: see `looking.FACTS`,
+`figures.of`, `differences.between`; NaN and Inf are null.
 """
 
+import dataclasses
 import json
+import math
 import pathlib
-from collections.abc import Iterator
+from typing import Any
 
 from ml_collections import ConfigDict
 
-from lmm_sae.core.store import ActivationStore
 from lmm_sae.core.workdir import Workdir
-from lmm_sae.sae import checkpoint, exports
-from lmm_sae.sae.checkpoint import Checkpoints
+from lmm_sae.sae import (
+  differences,
+  figures,
+  looking,
+  orbax_files,
+  stored,
+  tables,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class InspectConfig:
+  """The section `inspect` of the config; every field is explained there."""
+
+  path: str
+  stats: bool
+  against: str
+  json: bool
 
 
 def run(config: ConfigDict, workdir: Workdir) -> None:
-  """Prints the tree."""
-  del config  # what is shown is what stands on disk
-  print('\n'.join(show(workdir)))
-
-
-def show(workdir: Workdir) -> Iterator[str]:
-  """The lines that are printed.
+  """Prints what was found.
 
   Raises:
-    ValueError: there is no such folder.
+    ValueError: nothing that is known was found, or something that is damaged;
+      of a workdir, what is whole is printed first.
   """
-  if not workdir.root.is_dir():
-    raise ValueError(f'{workdir.root} does not exist: name a workdir')
-  yield f'{workdir.root}  {size(workdir.root)}'
-  if workdir.acts_root.is_dir():
-    for path in sorted(workdir.acts_root.iterdir()):
-      if (path / 'meta.json').exists():
-        yield from _store(path)
-  folders = (workdir.root / 'sae').glob('*')
-  for path in sorted(folders, key=lambda path: path.name):
-    yield from _sae(path)
-  for path in sorted((workdir.root / 'index').glob('*/*')):
-    yield f'index/{path.parent.name}/{path.name}  {size(path)}'
-  for path in sorted(workdir.root.glob('*.json*')):
-    lines = path.read_bytes().count(b'\n')
-    what = f'{lines} lines, ' if path.suffix == '.jsonl' else ''
-    yield f'{path.name}  {what}{size(path)}'
+  opts = InspectConfig(**config.inspect)
+  path = opts.path or str(workdir.root)
+  if looking.is_workdir(path):
+    if opts.stats or opts.against:
+      raise ValueError(
+        f'{path} is a workdir: for stats and against name one checkpoint, such '
+        f'as {path}/sae/LAYER/STEP, or one export'
+      )
+    acts = None if opts.path else workdir.acts_root
+    facts = of_workdir(pathlib.Path(path).absolute(), acts)
+  else:
+    facts = of_one(path, opts)
+  if opts.json:
+    print(json.dumps(plain(facts), indent=1, allow_nan=False))
+  else:
+    print('\n'.join(tables.lines(facts)))
+  if facts.get('damaged'):
+    raise ValueError('; '.join(facts['damaged']))
 
 
-def _store(path: pathlib.Path) -> Iterator[str]:
-  store = ActivationStore.open(path, partial=True)
-  meta = store.meta
-  yield f'acts/{path.name}  {size(path)}'
-  yield f'  model {meta.model}, layers {meta.layers}, width {meta.width}'
-  groups = f'{len(store.committed())} of {store.layout.groups} groups'
-  yield f'  {groups}, {len(store.samples())} samples, {store.num_rows} rows'
-
-
-def _sae(path: pathlib.Path) -> Iterator[str]:
-  steps = checkpoint.steps(path)
-  for step in steps:
-    yield f'sae/{path.name}/{step}  {size(path / str(step))}'
-  if steps:
-    with Checkpoints(path) as checkpoints:
-      note = checkpoints.note(steps[-1])
-    yield f'  settings of {steps[-1]}:'
-    for name, value in note.settings.items():
-      yield f'    {name} {json.dumps(value)}'
-    for name, array in checkpoint.shapes(path, steps[-1]).items():
-      yield f'  {name}  {list(array.shape)} {array.dtype}'
-  export = path / 'export'
-  if export.is_dir():
-    sae = exports.load(export)
-    yield f'sae/{path.name}/export  {size(export)}'
-    yield (
-      f'  {sae.config.width} -> {sae.config.latents} latents, '
-      f'k {sae.config.k}, {sae.config.activation}, float32'
+def of_one(path: str, opts: InspectConfig) -> dict[str, Any]:
+  """The facts of one checkpoint, SAE or store, with what is asked for."""
+  look = looking.look(path)
+  old = looking.look(opts.against) if opts.against else None
+  if old is not None and 'store' in (look.facts['kind'], old.facts['kind']):
+    raise ValueError(
+      f'{path} and {opts.against}: only checkpoints and SAEs are compared'
     )
+  facts = look.facts
+  if opts.stats:
+    by = figures.of if look.store is None else figures.of_store
+    facts = facts | {'stats': by(look)}
+  if old is not None:
+    facts = facts | {'against': differences.between(look, old)}
+  return facts
 
 
-def size(path: pathlib.Path) -> str:
-  """Bytes of a file or a folder, for people."""
-  files = [path] if path.is_file() else path.rglob('*')
-  count = float(sum(file.stat().st_size for file in files if file.is_file()))
-  for unit in ('B', 'kB', 'MB', 'GB'):
-    if count < 1000:
-      return f'{count:.3g} {unit}'
-    count /= 1000
-  return f'{count:.3g} TB'
+def of_workdir(
+  path: pathlib.Path, acts: pathlib.Path | None = None
+) -> dict[str, Any]:
+  """The facts of all that stands in a workdir.
+
+  `parts` are those of its stores, checkpoints and exports, `files` {name:
+  {bytes, lines}} of its JSON files and indexes; `damaged` says what could not
+  be looked at, and why.
+  """
+  found = [*sorted((acts or path / 'acts').glob('*/'))]
+  for layer in sorted(path.glob('sae/*/')):
+    found += orbax_files.steps(layer).values()
+    found += [layer / 'export'] * (layer / 'export').is_dir()
+  parts, damaged = [], []
+  for folder in found:
+    try:
+      if looking.kind(folder):
+        parts.append(looking.look(folder).facts)
+    except (ValueError, FileNotFoundError) as error:
+      damaged.append(str(error))
+  files = {}
+  for file in (*sorted(path.glob('index/*/*')), *sorted(path.glob('*.json*'))):
+    lines = file.suffix == '.jsonl'
+    files[str(file.relative_to(path))] = {
+      'bytes': stored.disk(file),
+      'lines': file.read_bytes().count(b'\n') if lines else None,
+    }
+  return {
+    'format_version': looking.FORMAT_VERSION,
+    'kind': 'workdir',
+    'path': str(path),
+    'bytes': stored.disk(path),
+    'parts': parts,
+    'files': files,
+    'damaged': damaged,
+  }
+
+
+def plain(value: Any) -> Any:
+  """The value with null for what JSON has no number for."""
+  if isinstance(value, dict):
+    return {str(key): plain(item) for key, item in value.items()}
+  if isinstance(value, list | tuple):
+    return [plain(item) for item in value]
+  if isinstance(value, float) and not math.isfinite(value):
+    return None
+  if isinstance(value, bytes | complex):
+    return str(value)
+  return value

@@ -332,8 +332,8 @@ class StepLog:
     if skipped > self._max_skipped:
       raise ValueError(
         f'{skipped} steps of layer {self._layer} met NaN or Inf, in their rows '
-        'or their gradients: look at the stored rows with `lmm-sae inspect`, '
-        'lower train.lr, or raise train.max_skipped'
+        'or their gradients: look at the stored rows with `lmm-sae inspect '
+        'ACTS/train --stats`, lower train.lr, or raise train.max_skipped'
       )
 
 

@@ -13,9 +13,9 @@ from lmm_sae import cli
 from lmm_sae.core.workdir import Workdir
 from lmm_sae.sae import checkpoint, exports, probe, tensors, trainer
 from lmm_sae.sae.checkpoint import Checkpoints, Note
-from lmm_sae.stages import convert, inspect
+from lmm_sae.stages import convert
 from tests.sae import foreign_files, small
-from tests.sae.small import CONFIG, LAYER, D, M
+from tests.sae.small import CONFIG, LAYER
 
 
 @pytest.fixture
@@ -253,30 +253,3 @@ def test_what_is_refused_leaves_the_workdir_as_it_was(
 def test_without_a_checkpoint_there_is_nothing_to_export(tmp_path, config):
   with pytest.raises(ValueError, match='run `lmm-sae train`'):
     convert.run(small.run_config(config), Workdir.of(tmp_path))
-
-
-def test_inspect_shows_stores_checkpoints_exports_and_files(
-  workdir, config, capsys
-):
-  small.write_store(workdir.acts('train'))
-  convert.run(small.run_config(config), workdir)
-  workdir.file('metrics.jsonl').write_text('{}\n{}\n')
-  inspect.run(config, workdir)
-  shown = capsys.readouterr().out
-  for text in (
-    'acts/train',
-    '3 of 3 groups, 40 samples, 400 rows',
-    f'sae/{LAYER}/5',
-    f'params.w_enc_MD  [{M}, {D}] float32',
-    'idle_M  [12] int32',
-    f'"latents": {M}',
-    f'sae/{LAYER}/export',
-    '6 -> 12 latents, k 3, topk, float32',
-    'metrics.jsonl  2 lines, 6 B',
-  ):
-    assert text in shown
-
-
-def test_inspect_of_no_folder_is_refused(tmp_path, config):
-  with pytest.raises(ValueError, match='does not exist'):
-    inspect.run(config, Workdir.of(tmp_path / 'nothing'))

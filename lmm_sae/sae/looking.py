@@ -1,0 +1,364 @@
+"""What a folder holds, without a config, a model or a read of its arrays.
+
+    look = looking.look('runs/mine/sae/2/1500')
+    look.facts       what there is to say, as JSON; see `FACTS`
+    look.parameters  the arrays of the SAE by the names of `model.Params`
+
+Checkpoints of ours and of others (orbax), exported SAEs and activation stores.
+"""
+
+import collections
+import dataclasses
+import datetime
+import os
+import pathlib
+import re
+from typing import Any
+
+import numpy as np
+
+from lmm_sae.core import grid
+from lmm_sae.core import store as store_lib
+from lmm_sae.core.store import ActivationStore
+from lmm_sae.sae import checkpoint, exports, orbax_files, stored
+from lmm_sae.sae import parameters as parameters_lib
+from lmm_sae.sae.parameters import Parameter
+from lmm_sae.sae.stored import Array
+
+FORMAT_VERSION = 1  # of the facts
+
+FACTS = """\
+format_version  of this object; keys are added without a new one
+kind            checkpoint, export, store, workdir
+path, bytes     of what is described, on disk
+writer          lmm_sae or other; `format`: the version of our format, or null
+step, fvu       null where nothing says
+settings        of the run (checkpoint), cfg.json (export), meta.json (store)
+metadata        whatever else other programs wrote as JSON, by item
+position        where the rows go on: {pool, row} for each share of the data
+processes       that wrote a checkpoint; `saved`: when, UTC
+arrays          {name, item, shape, dtype, bytes, stored_bytes, chunks,
+                sharding}; sharding is {mesh: {axis: devices}, spec: [axis,
+                axes or null a dimension]}, {device}, {type}, or null
+scalars         {name: value} of arrays without axes; values: of other leaves
+warnings        what is odd, and yet no damage
+stats, against  see `figures.of`, `differences.between`"""
+
+LAYOUTS = {'sae.safetensors': 'sparsify', 'sae_weights.safetensors': 'saelens'}
+SCALARS = 200  # arrays without axes that are read
+
+
+@dataclasses.dataclass(frozen=True)
+class Look:
+  """What was found.
+
+  Attributes:
+    path: of it.
+    facts: see `FACTS`.
+    arrays: every array, unread.
+    parameters: those of the SAE, if it is one that is recognised.
+    store: the activation store, if it is one.
+  """
+
+  path: pathlib.Path
+  facts: dict[str, Any]
+  arrays: list[Array]
+  parameters: dict[str, Parameter] = dataclasses.field(default_factory=dict)
+  store: ActivationStore | None = None
+
+  @property
+  def idle_M(self) -> np.ndarray | None:
+    """Rows since each latent fired, of a checkpoint that counts them."""
+    found = [x for x in self.arrays if x.name.split('.')[-1] == 'idle_M']
+    return found[0].read() if found else None
+
+  @property
+  def dead_after(self) -> int | None:
+    """Rows without firing that make a latent dead."""
+    settings = self.facts['settings'] or {}
+    after = settings.get('sae', settings).get('dead_after')
+    return after if isinstance(after, int) else None
+
+
+def look(path: str | os.PathLike) -> Look:
+  """Looks at a checkpoint, the last of several, an export or a store.
+
+  Raises:
+    ValueError: there is nothing there, nothing that is known, or it is damaged,
+      or of a format that this program does not read.
+    OSError: it may not be read.
+  """
+  found = kind(path)
+  path = pathlib.Path(path).absolute()
+  if found == 'checkpoint':
+    return of_checkpoint(path)
+  if found == 'checkpoints':
+    return of_checkpoint(list(orbax_files.steps(path).values())[-1])
+  if found == 'export':
+    return of_export(path)
+  if found == 'store':
+    return of_store(path)
+  raise ValueError(
+    f'{path} holds several things, or none that is known: name one checkpoint '
+    '(an orbax folder), SAE (cfg.json beside *.safetensors) or activation store'
+  )
+
+
+def kind(path: str | os.PathLike) -> str:
+  """checkpoint, checkpoints (a folder of them), export, store, or ''.
+
+  Raises:
+    ValueError: there is no such folder; OSError: it may not be read.
+  """
+  if re.match(r'\w+://', str(path)):
+    raise ValueError(f'{path}: only local folders are looked into')
+  path = pathlib.Path(path).absolute()
+  try:
+    names = set(os.listdir(path))
+  except FileNotFoundError as error:
+    raise ValueError(f'{path} does not exist') from error
+  except NotADirectoryError as error:
+    raise ValueError(f'{path} is a file: name the folder it is in') from error
+  if {'meta.json', 'manifest.jsonl'} <= names:
+    return 'store'
+  if orbax_files.TORN in path.name or orbax_files.holds(path):
+    return 'checkpoint'
+  if _layouts(path, below=False):
+    return 'export'
+  if orbax_files.steps(path):
+    return 'checkpoints'
+  return 'export' if _layouts(path) else ''
+
+
+def is_workdir(path: str | os.PathLike) -> bool:
+  """Whether a folder is one that stages write, not a thing in it.
+
+  Raises:
+    ValueError, OSError: see `kind`.
+  """
+  if kind(path):
+    return False
+  path = pathlib.Path(path)
+  if any(path.glob('acts/*/meta.json')):
+    return True
+  if any(folder.name.isdigit() for folder in path.glob('sae/*')):
+    return True
+  file = path / 'config.json'  # models have one, too
+  return file.is_file() and 'config' in stored.read_json(file)
+
+
+def of_checkpoint(path: pathlib.Path) -> Look:
+  """Looks at an orbax checkpoint, ours or another program's."""
+  folder = orbax_files.read(path)
+  note = folder.note
+  custom = dict(note.get('custom_metadata') or {})
+  version, settings = None, None
+  names = {f'{x.item}.{x.name}' for x in folder.arrays}
+  places = f'{checkpoint.DATA}.{checkpoint.PLACES}'
+  ours = {'format_version', 'settings'} <= set(custom)
+  if ours:
+    version = custom.pop('format_version')
+    checkpoint.check_version(path, version, checkpoint.FORMAT_VERSION)
+    settings = custom.pop('settings')
+    if not (
+      isinstance(settings, dict) and isinstance(settings.get('sae'), dict)
+    ):
+      raise stored.damaged(path, 'its settings are none')
+    _strict(folder)
+  elif places in names:
+    raise stored.damaged(path, 'it lacks its settings')
+  metrics = [note.get('metrics'), folder.documents.get('metrics')]
+  fvu = [x['fvu'] for x in metrics if isinstance(x, dict) and 'fvu' in x]
+  scalars = [x for x in folder.arrays if not x.shape][:SCALARS]
+  values = {_full(x): x.read().item() for x in scalars}
+  position = [
+    {'pool': pool, 'row': row}
+    for x in folder.arrays
+    if f'{x.item}.{x.name}' == places
+    for pool, row in x.read().tolist()
+  ]
+  scale = values.get(f'{checkpoint.STATE}.scale', values.get('scale', 1.0))
+  if not (ours and np.isfinite(scale) and scale > 0):
+    scale = 1.0
+  parameters = parameters_lib.found(folder.arrays, scale)
+  siblings = orbax_files.steps(path.parent)
+  numbers = [step for step, other in siblings.items() if other == path]
+  facts = _facts('checkpoint', path) | {
+    'writer': 'lmm_sae' if ours else 'other',
+    'format': version,
+    'step': numbers[0]
+    if numbers
+    else values.get('state.step', values.get('step')),
+    'steps': list(siblings) if numbers else [],
+    'fvu': _number(*fvu[-1:]),
+    'saved': _time(note.get('commit_timestamp_nsecs')),
+    'processes': folder.processes,
+    'settings': settings,
+    'metadata': ({'custom': custom} if custom else {}) | folder.documents,
+    'position': position,
+    'arrays': [x.facts() for x in folder.arrays],
+    'scalars': values,
+    'values': folder.values,
+    'warnings': folder.warnings,
+  }
+  return Look(path, facts, folder.arrays, parameters)
+
+
+def _strict(folder: orbax_files.Folder) -> None:
+  """Refuses one of ours that lacks what ours have and others may lack."""
+  lacks = {x.item for x in folder.arrays if x.sharding is None}
+  if lacks:
+    raise stored.damaged(folder.path, f'{min(lacks)}/_sharding is missing')
+  if folder.processes is None:
+    raise stored.damaged(folder.path, 'array_metadatas is missing')
+
+
+def of_export(path: pathlib.Path) -> Look:
+  """Looks at an SAE in safetensors; where both layouts are, at sparsify's."""
+  found = _layouts(path)
+  if len(found) > 1 and not {x.name for x in found} <= set(LAYOUTS.values()):
+    names = ', '.join(folder.name for folder in found)
+    raise ValueError(f'{path} holds several SAEs: name one of {names}')
+  folder, files = next(iter(found.items()))
+  cfg = stored.read_json(folder / 'cfg.json')
+  if not isinstance(cfg, dict):
+    raise ValueError(f'{folder / "cfg.json"} is damaged: it is no JSON object')
+  version = cfg.get('format_version')
+  if version is not None:
+    checkpoint.check_version(folder, version, exports.FORMAT_VERSION)
+  arrays = [x for file in files for x in stored.tensors(file)]
+  parameters = parameters_lib.found(arrays)
+  facts = _facts('export', folder) | {
+    'writer': 'other' if version is None else 'lmm_sae',
+    'format': version,
+    'layout': LAYOUTS.get(files[0].name, 'unknown'),
+    'layouts': {
+      LAYOUTS.get(files[0].name, folder.name): stored.disk(folder)
+      for folder, files in found.items()
+    },
+    'step': cfg.get('step'),
+    'fvu': _number(measured(folder).get('fvu')),
+    'settings': cfg,
+    'arrays': [x.facts() for x in arrays],
+    'warnings': _contradictions(cfg, parameters),
+  }
+  return Look(folder, facts, arrays, parameters)
+
+
+def _layouts(path: pathlib.Path, below: bool = True) -> dict:
+  """{folder: its safetensors files} of the SAEs here, or one below."""
+  for folders in (
+    [path],
+    [path / name for name in LAYOUTS.values()],
+    [x for x in sorted(path.iterdir()) if x.is_dir()] if below else [],
+  ):
+    found = {}
+    for folder in folders:
+      files = sorted(folder.glob('*.safetensors'))
+      if files and (folder / 'cfg.json').is_file():
+        found[folder] = [x for x in files if x.name in LAYOUTS] or files
+    if found:
+      return found
+  return {}
+
+
+def _contradictions(cfg, parameters) -> list[str]:
+  """Where cfg.json says another shape than the tensors have."""
+  if 'w_dec_MD' not in parameters:
+    return ['its tensors are not those of an SAE that is known here']
+  shape = parameters['w_dec_MD'].shape
+  said = [
+    (key, cfg[key], shape[axis])
+    for key, axis in (('d_in', 1), ('num_latents', 0), ('d_sae', 0))
+    if cfg.get(key)
+  ]
+  return [
+    f'cfg.json says {key} {value}, the tensors have {found}'
+    for key, value, found in said
+    if value != found
+  ]
+
+
+def of_store(path: pathlib.Path) -> Look:
+  """Looks at an activation store, finished or not."""
+  try:
+    store = ActivationStore.open(path, partial=True)
+    samples = len(store.samples())
+    kinds = collections.Counter()
+    for line in store.manifest:
+      kinds.update({str(name): int(n) for name, n in line['kinds'].items()})
+  except (AttributeError, KeyError, TypeError, ValueError) as error:
+    if 'format_version' in str(error):
+      raise
+    raise ValueError(f'the store {path} is damaged: {error}') from error
+  meta, layout = store.meta, store.layout
+  rows = layout.groups * layout.group_rows
+  arrays = []
+  for name in (*(f'layer_{at}' for at in meta.layers), *grid.TOKENS):
+    dtype, columns = grid.field(name, meta.width)
+    shape = (rows, columns) if columns else (rows,)
+    chunks = (layout.chunk_rows, columns)[: len(shape)]
+    size = stored.disk(path / name)
+    lazily = _lazily(path, name, meta.width, layout)
+    arrays.append(Array(name, shape, dtype, size, lazily, '', chunks))
+  facts = _facts('store', path) | {
+    'writer': 'lmm_sae',
+    'format': store_lib.FORMAT_VERSION,
+    'settings': dataclasses.asdict(meta),
+    'groups': layout.groups,
+    'committed': len(store.committed()),
+    'samples': samples,
+    'rejects': len(store.rejects()),
+    'rows': store.num_rows,
+    'kinds': dict(kinds),
+    'arrays': [x.facts() for x in arrays],
+    'warnings': [] if store.complete else ['it is not complete'],
+  }
+  return Look(path, facts, arrays, store=store)
+
+
+def _lazily(path, name, width, layout):
+  return lambda: grid.open_array(path, name, width, layout, writes=False)
+
+
+def around(path: pathlib.Path) -> tuple[pathlib.Path | None, str]:
+  """(workdir, layer) that a checkpoint or an export lies in; (None, '')."""
+  for folder in (path, *path.parents):
+    if folder.parent.name == 'sae' and folder.name.isdigit():
+      return folder.parents[1], folder.name
+  return None, ''
+
+
+def measured(path: pathlib.Path) -> dict[str, Any]:
+  """What the evaluation of its workdir says of an SAE over all rows; or {}."""
+  root, layer = around(path)
+  if root is None or not (root / 'evaluation.json').is_file():
+    return {}
+  value = stored.read_json(root / 'evaluation.json')
+  for key in (layer, 'all'):
+    value = value.get(key) if isinstance(value, dict) else None
+  return value if isinstance(value, dict) else {}
+
+
+def _number(value: Any = None) -> float | None:
+  return float(value) if isinstance(value, int | float) else None
+
+
+def _facts(what: str, path: pathlib.Path) -> dict[str, Any]:
+  return {
+    'format_version': FORMAT_VERSION,
+    'kind': what,
+    'path': str(path),
+    'bytes': stored.disk(path),
+  }
+
+
+def _full(array: Array) -> str:
+  return f'{array.item}.{array.name}' if array.item else array.name
+
+
+def _time(nanoseconds: int | None) -> str | None:
+  if not isinstance(nanoseconds, int) or not 0 < nanoseconds < 2**63:
+    return None
+  at = datetime.datetime.fromtimestamp(nanoseconds / 1e9, datetime.UTC)
+  return at.isoformat(timespec='seconds')
