@@ -20,7 +20,7 @@ import numpy as np
 from lmm_sae.core import grid
 from lmm_sae.core import store as store_lib
 from lmm_sae.core.store import ActivationStore
-from lmm_sae.sae import checkpoint, exports, orbax_files, stored
+from lmm_sae.sae import checkpoint, foreign, orbax_files, stored
 from lmm_sae.sae import parameters as parameters_lib
 from lmm_sae.sae.parameters import Parameter
 from lmm_sae.sae.stored import Array
@@ -225,7 +225,7 @@ def of_export(path: pathlib.Path) -> Look:
     raise ValueError(f'{folder / "cfg.json"} is damaged: it is no JSON object')
   version = cfg.get('format_version')
   if version is not None:
-    checkpoint.check_version(folder, version, exports.FORMAT_VERSION)
+    checkpoint.check_version(folder, version, foreign.FORMAT_VERSION)
   arrays = [x for file in files for x in stored.tensors(file)]
   parameters = parameters_lib.found(arrays)
   facts = _facts('export', folder) | {
