@@ -49,9 +49,13 @@ def steps(workdir):
 def test_training_leaves_checkpoints_metrics_and_exports(trained):
   assert checkpoint.steps(trained.sae(LAYER)) == [15, 20]
   assert set(files(trained.export(LAYER))) == {
+    'sparsify/README.md',
     'sparsify/cfg.json',
+    'sparsify/probe.safetensors',
     'sparsify/sae.safetensors',
+    'saelens/README.md',
     'saelens/cfg.json',
+    'saelens/probe.safetensors',
     'saelens/sae_weights.safetensors',
   }
   lines = records.read_lines(trained.file('metrics.jsonl'))
