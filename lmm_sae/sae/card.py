@@ -153,6 +153,8 @@ def text(
   parts.append('In a copy of this folder, with `x` of shape `[rows, width]`:')
   for title, block in code(sae).items():
     parts.append(f'{title}:\n\n```python\n{block.strip()}\n```')
+  lines = '\n'.join(from_hub(sae).values())
+  parts.append(f'Or from the hub, as `owner/name`:\n\n```python\n{lines}\n```')
   if config.activation != 'topk':
     parts.append(
       'sparsify knows no thresholds: it refuses `sparsify/`, which is for '
@@ -170,6 +172,16 @@ def code(sae: Configured) -> dict[str, str]:
     found['sparsify'] = _SPARSIFY
   more = _TOPK if config.activation == 'topk' else _JUMP
   return found | {'dictionary_learning': more.format(**sizes)}
+
+
+def from_hub(sae: Configured) -> dict[str, str]:
+  """{library: the line that loads it from a repository owner/name}."""
+  found = {
+    'lmm_sae': "sae = checkpoint.load('owner/name')",
+    'SAELens': "sae = SAE.from_pretrained('owner/name', 'saelens')",
+    'sparsify': "sae = SparseCoder.load_from_hub('owner/name', 'sparsify')",
+  }
+  return {name: found[name] for name in code(sae) if name in found}
 
 
 def _head(model: str) -> str:

@@ -69,7 +69,9 @@ def test_its_code_is_for_the_libraries_that_can_read_it(activation):
   config = dataclasses.replace(CONFIG, activation=activation)
   sae = small.random_sae(config)
   blocks = re.findall(r'```python\n(.*?)\n```', card.text(sae), re.DOTALL)
+  *blocks, lines = blocks
   assert blocks == [block.strip() for block in card.code(sae).values()]
+  assert lines.splitlines() == list(card.from_hub(sae).values())
   for block in blocks:
     compile(block, 'card', 'exec')
   assert ('sparsify' in card.code(sae)) == (activation == 'topk')
