@@ -22,7 +22,7 @@ TOLERANCE = 1e-4
 _ROWS = 8
 _DRAWN = 24
 _MIXED = 4  # latents that a row is made of
-_AXES = {'x_ND': 2, 'idx_NK': 2, 'vals_NK': 2, 'x_hat_ND': 2}
+_NAMES = {'x_ND', 'idx_NK', 'vals_NK', 'x_hat_ND'}
 
 
 def make(sae, seed: int = 0) -> dict[str, np.ndarray]:
@@ -63,7 +63,7 @@ def verify(sae, path: str | os.PathLike) -> str:
   """
   path = pathlib.Path(path)
   found = tensors.find(path / NAME, path)
-  if set(found) != set(_AXES):
+  if set(found) != _NAMES:
     raise ValueError(f'{path / NAME} holds {sorted(found)}')
   width, most = sae.config.width, sae.config.most
   rows = found['x_ND'].shape[0] if found['x_ND'].shape else 0
