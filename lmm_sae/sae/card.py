@@ -249,7 +249,9 @@ def _table(head, rows) -> str:
 
 
 def _number(value: Any) -> str:
-  return '' if value is None else f'{value:.4g}'
+  if value is None:
+    return ''
+  return str(value) if isinstance(value, int) else f'{value:.4g}'
 
 
 def _plain(value: Any) -> str:

@@ -17,7 +17,7 @@ SETTINGS = {
   'seed': 5,
   'acts': {'rows': 419198, 'model': 'llava-hf/some_model'},
 }
-ROW = {'fvu': 0.0237175, 'l0': 3.0, 'dead': None, 'rows': 1000, 'firing': {}}
+ROW = {'fvu': 0.0237175, 'l0': 3.0, 'dead': None, 'rows': 128000, 'firing': {}}
 
 
 def make(config=CONFIG, **more) -> str:
@@ -58,8 +58,8 @@ def test_it_says_what_is_known_and_leaves_out_the_rest():
 def test_figures_are_those_of_the_evaluation():
   text = make(figures={'all': ROW, 'base': ROW | {'fvu': None}, 'loop': {}})
   assert '| tokens | rows | FVU | L0 | dead |' in text
-  assert '| all | 1000 | 0.02372 | 3 |  |' in text
-  assert '| base | 1000 |  | 3 |  |' in text
+  assert '| all | 128000 | 0.02372 | 3 |  |' in text
+  assert '| base | 128000 |  | 3 |  |' in text
   assert '| loop' not in text
   assert 'How good' not in make()
 

@@ -49,11 +49,10 @@ def steps(workdir):
 def test_training_leaves_checkpoints_metrics_and_exports(trained):
   assert checkpoint.steps(trained.sae(LAYER)) == [15, 20]
   assert set(files(trained.export(LAYER))) == {
-    'sparsify/README.md',
+    'README.md',
     'sparsify/cfg.json',
     'sparsify/probe.safetensors',
     'sparsify/sae.safetensors',
-    'saelens/README.md',
     'saelens/cfg.json',
     'saelens/probe.safetensors',
     'saelens/sae_weights.safetensors',
