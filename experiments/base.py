@@ -81,7 +81,7 @@ def get_config() -> ConfigDict:
         'silent_s': 100,  # after which a process that is not heard is lost
       },
       'convert': {
-        'source': '',  # SAE folder to import; '': export the checkpoints
+        'source': '',  # SAE folder or hub repository to import; '': export
         'layer': -1,  # layer that it reads; -1: the one of lmm.layers
       },
       'inspect': {

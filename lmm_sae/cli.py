@@ -3,6 +3,7 @@
 lmm-sae STAGE --config=FILE --workdir=DIR [--config.section.field=value]
 """
 
+import contextlib
 import dataclasses
 import difflib
 import errno
@@ -12,6 +13,7 @@ import re
 import signal
 import sys
 import traceback
+from collections.abc import Iterator
 
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
@@ -46,6 +48,8 @@ class Stage:
     takes: its field that a word after its name is the value of; '' for none.
       Those in SHORT go without `config.` and section there, too: --stats is
       --config.inspect.stats=true.
+    undone: config.json is as it was before where the stage fails: what it
+      refuses leaves no trace.
   """
 
   does: str
@@ -53,6 +57,7 @@ class Stage:
   writes: bool = True
   needs: bool = True
   takes: str = ''
+  undone: bool = False
 
 
 STAGES = {
@@ -85,9 +90,11 @@ STAGES = {
     ('inspect',),
     False,
     False,
-    'path',
+    takes='path',
   ),
-  'convert': Stage('read and write other SAE layouts', ('convert',)),
+  'convert': Stage(
+    'read and write other SAE layouts', ('convert',), undone=True
+  ),
   'plan': Stage(
     'reckon disk, memory and hours before a run',
     ('lmm', 'data', 'capture', 'sae', 'train', 'plan'),
@@ -169,13 +176,38 @@ def _run(argv: list[str]) -> int:
     print(f'{name} in {workdir.root}, with')
     _show(config, tuple(config))
     return 0
-  if stage.writes:
-    workdir.root.mkdir(parents=True, exist_ok=True)
-    if values.record and host.first():
-      configs.save(config, workdir)
-  _threads(name, config)
-  importlib.import_module(f'lmm_sae.stages.{name}').run(config, workdir)
+  with _recorded(config, workdir, stage, values.record):
+    _threads(name, config)
+    importlib.import_module(f'lmm_sae.stages.{name}').run(config, workdir)
   return 0
+
+
+@contextlib.contextmanager
+def _recorded(
+  config: ConfigDict, workdir: Workdir, stage: Stage, record: bool
+) -> Iterator[None]:
+  """Runs a stage in a workdir that says what ran, where it writes one."""
+  if not stage.writes:
+    yield
+    return
+  file = workdir.file(configs.FILE)
+  before = file.read_bytes() if file.exists() else None
+  new = [at for at in (workdir.root, *workdir.root.parents) if not at.exists()]
+  workdir.root.mkdir(parents=True, exist_ok=True)
+  if record and host.first():
+    configs.save(config, workdir)
+  try:
+    yield
+  except (ValueError, NotImplementedError, OSError, ImportError):
+    if stage.undone:
+      if before is None:
+        file.unlink(missing_ok=True)
+      else:
+        file.write_bytes(before)
+      for folder in new:
+        if not any(folder.iterdir()):
+          folder.rmdir()
+    raise
 
 
 def resolve(path: str, overrides: list[str]) -> ConfigDict:

@@ -62,7 +62,14 @@ def taken(words: list[str], capsys) -> str:
 
 
 @pytest.mark.parametrize(
-  'script', ['slurm.sbatch', 'tpu_pod.sh', 'check_tpu.sh', 'setup.sh']
+  'script',
+  [
+    'slurm.sbatch',
+    'tpu_pod.sh',
+    'check_tpu.sh',
+    'check_memory.sh',
+    'setup.sh',
+  ],
 )
 def test_a_script_is_bash(root, script):
   subprocess.run(['bash', '-n', root / 'launch' / script], check=True)

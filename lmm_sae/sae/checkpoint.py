@@ -10,7 +10,7 @@ import dataclasses
 import logging
 import os
 import pathlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,9 @@ from orbax.checkpoint import v1 as ocp
 from lmm_sae.sae import trainer
 from lmm_sae.sae.model import SaeConfig
 from lmm_sae.sae.trainer import TrainState
+
+if TYPE_CHECKING:
+  from lmm_sae.sae import exports, layouts
 
 FORMAT_VERSION = 4  # 3 had the place in the rows in another form
 STATE, DATA, PLACES = 'state', 'data', 'places_S2'  # what a checkpoint holds
@@ -189,6 +192,86 @@ class Checkpoints:
       f'the checkpoint {self.path / str(step)} is damaged ({why}): move it '
       f'away, and the same command goes {then}'
     )
+
+
+def load(
+  path_or_repo: str | os.PathLike,
+  layer: int | None = None,
+  mesh: jax.sharding.Mesh | None = None,
+) -> 'exports.Sae':
+  """An SAE to work with: numpy in, numpy out; no torch is loaded.
+
+      from lmm_sae.sae import checkpoint
+      sae = checkpoint.load('runs/demo/sae/1')
+      vals_NK, idx_NK = sae.encode(x_ND)  # x_ND: any float dtype, [N, D]
+      x_hat_ND = sae.decode(sae.encode(x_ND))
+
+  Args:
+    path_or_repo: an export; a workdir; its sae/<layer>, whose export is read,
+      or without one its last checkpoint; sae/<layer>/<step>; a folder in any
+      layout of `sae.layouts`; or a repository of the Hugging Face hub with such
+      a folder, as `lmms-lab/llama3-llava-next-8b-hf-sae-131k`.
+    layer: the decoder layer, where a folder holds SAEs of several or does not
+      say which it reads.
+    mesh: of `sae.mesh.make`, to lay it on; None: in memory, as numpy.
+
+  Raises:
+    ValueError: there is none, it is damaged, contradicts itself or the probe
+      beside it, or computes what this program does not.
+  """
+  from lmm_sae.sae import exports  # which reads checkpoints, too
+
+  found = find(path_or_repo, layer)
+  exports.check(found)
+  return exports.take(found, mesh)
+
+
+def find(
+  path_or_repo: str | os.PathLike, layer: int | None = None
+) -> 'layouts.Source':
+  """What `load` loads, read when it is asked for unless it is a checkpoint.
+
+  Raises:
+    ValueError: there is none, it is damaged or contradicts itself.
+  """
+  from lmm_sae.sae import layouts
+
+  path = layouts.place(path_or_repo)
+  if (path / 'sae').is_dir():  # a workdir
+    path = _only(path / 'sae', layer)
+  if path.name.isdigit() and (path / STATE).exists():
+    return _stored(path.parent, int(path.name), layer)
+  found = [] if (path / 'export').exists() else steps(path)
+  if found and (path / str(found[-1]) / STATE).exists():
+    return _stored(path, found[-1], layer)
+  return layouts.find(path, layer)
+
+
+def _only(path: pathlib.Path, layer: int | None) -> pathlib.Path:
+  """sae/<layer> of a workdir.
+
+  Raises:
+    ValueError: there are several, and none is named.
+  """
+  layers = steps(path)
+  if layer is None and len(layers) != 1:
+    raise ValueError(f'{path} holds SAEs of the layers {layers}: name one')
+  return path / str(layers[0] if layer is None else layer)
+
+
+def _stored(
+  path: pathlib.Path, step: int, layer: int | None
+) -> 'layouts.Source':
+  """The SAE of a checkpoint of training."""
+  from lmm_sae.sae import exports
+
+  with Checkpoints(path) as checkpoints:
+    note = checkpoints.note(step)
+    config = SaeConfig(**note.settings['sae'])
+    state = checkpoints.restore(config, step)
+  if layer is not None and layer != config.layer:
+    raise ValueError(f'{path} is of layer {config.layer}, not {layer}')
+  return exports.source(exports.of(config, state))
 
 
 def _kept(keep: int, keep_best: int):

@@ -20,10 +20,18 @@ import numpy as np
 from lmm_sae.core import grid
 from lmm_sae.core import store as store_lib
 from lmm_sae.core.store import ActivationStore
-from lmm_sae.sae import checkpoint, exports, orbax_files, stored
+from lmm_sae.sae import (
+  checkpoint,
+  foreign,
+  orbax_files,
+  pickles,
+  stored,
+  tensors,
+)
 from lmm_sae.sae import parameters as parameters_lib
 from lmm_sae.sae.parameters import Parameter
 from lmm_sae.sae.stored import Array
+from lmm_sae.sae.tensors import Tensor
 
 FORMAT_VERSION = 1  # of the facts
 
@@ -34,6 +42,7 @@ path, bytes     of what is described, on disk
 writer          lmm_sae or other; `format`: the version of our format, or null
 step, fvu       null where nothing says
 settings        of the run (checkpoint), cfg.json (export), meta.json (store)
+sae             {layer, width, latents, k, activation, dead_after}, where said
 metadata        whatever else other programs wrote as JSON, by item
 position        where the rows go on: {pool, row} for each share of the data
 processes       that wrote a checkpoint; `saved`: when, UTC
@@ -44,8 +53,22 @@ scalars         {name: value} of arrays without axes; values: of other leaves
 warnings        what is odd, and yet no damage
 stats, against  see `figures.of`, `differences.between`"""
 
-LAYOUTS = {'sae.safetensors': 'sparsify', 'sae_weights.safetensors': 'saelens'}
+LAYOUTS = {
+  foreign.SPARSIFY: 'sparsify',
+  foreign.SAELENS: 'saelens',
+  foreign.LEARNING: 'dictionary_learning',
+}
 SCALARS = 200  # arrays without axes that are read
+
+# What ours, sparsify, SAELens and dictionary_learning call a setting.
+_SETTINGS = {
+  'layer': ('layer',),
+  'width': ('width', 'd_in', 'activation_dim'),
+  'latents': ('latents', 'num_latents', 'd_sae', 'dict_size'),
+  'k': ('mean_k', 'k'),
+  'activation': ('activation', 'architecture', 'dict_class'),
+  'dead_after': ('dead_after',),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,8 +98,7 @@ class Look:
   @property
   def dead_after(self) -> int | None:
     """Rows without firing that make a latent dead."""
-    settings = self.facts['settings'] or {}
-    after = settings.get('sae', settings).get('dead_after')
+    after = sae(self.facts['settings'] or {}).get('dead_after')
     return after if isinstance(after, int) else None
 
 
@@ -194,6 +216,7 @@ def of_checkpoint(path: pathlib.Path) -> Look:
     'saved': _time(note.get('commit_timestamp_nsecs')),
     'processes': folder.processes,
     'settings': settings,
+    'sae': sae(settings or {}),
     'metadata': ({'custom': custom} if custom else {}) | folder.documents,
     'position': position,
     'arrays': [x.facts() for x in folder.arrays],
@@ -214,24 +237,29 @@ def _strict(folder: orbax_files.Folder) -> None:
 
 
 def of_export(path: pathlib.Path) -> Look:
-  """Looks at an SAE in safetensors; where both layouts are, at sparsify's."""
+  """Looks at an SAE in a layout of another program; of both, at sparsify's."""
   found = _layouts(path)
-  if len(found) > 1 and not {x.name for x in found} <= set(LAYOUTS.values()):
+  if len(found) > 1 and not {x.name for x in found} <= {'sparsify', 'saelens'}:
     names = ', '.join(folder.name for folder in found)
     raise ValueError(f'{path} holds several SAEs: name one of {names}')
   folder, files = next(iter(found.items()))
-  cfg = stored.read_json(folder / 'cfg.json')
-  if not isinstance(cfg, dict):
-    raise ValueError(f'{folder / "cfg.json"} is damaged: it is no JSON object')
+  name = files[0].name
+  settings = folder / foreign.SETTINGS.get(name, 'cfg.json')
+  cfg = tensors.read_json(settings, folder)
   version = cfg.get('format_version')
   if version is not None:
-    checkpoint.check_version(folder, version, exports.FORMAT_VERSION)
-  arrays = [x for file in files for x in stored.tensors(file)]
+    checkpoint.check_version(folder, version, foreign.FORMAT_VERSION)
+  arrays = [
+    stored.of_tensor(key, tensor)
+    for file in files
+    for key, tensor in _tensors(file).items()
+    if isinstance(tensor, Tensor)
+  ]
   parameters = parameters_lib.found(arrays)
   facts = _facts('export', folder) | {
     'writer': 'other' if version is None else 'lmm_sae',
     'format': version,
-    'layout': LAYOUTS.get(files[0].name, 'unknown'),
+    'layout': LAYOUTS.get(name, 'unknown'),
     'layouts': {
       LAYOUTS.get(files[0].name, folder.name): stored.disk(folder)
       for folder, files in found.items()
@@ -239,43 +267,65 @@ def of_export(path: pathlib.Path) -> Look:
     'step': cfg.get('step'),
     'fvu': _number(measured(folder).get('fvu')),
     'settings': cfg,
+    'sae': sae(cfg),
     'arrays': [x.facts() for x in arrays],
-    'warnings': _contradictions(cfg, parameters),
+    'warnings': _contradictions(sae(cfg), parameters),
   }
   return Look(folder, facts, arrays, parameters)
 
 
+def _tensors(file: pathlib.Path) -> dict[str, Any]:
+  """What a file holds, its tensors unread; nothing in it is run."""
+  find = pickles.find if file.suffix == '.pt' else tensors.find
+  return find(file, file.parent)
+
+
 def _layouts(path: pathlib.Path, below: bool = True) -> dict:
-  """{folder: its safetensors files} of the SAEs here, or one below."""
+  """{folder: its tensor files} of the SAEs here, or one below."""
   for folders in (
     [path],
-    [path / name for name in LAYOUTS.values()],
+    [path / name for name in ('sparsify', 'saelens')],
     [x for x in sorted(path.iterdir()) if x.is_dir()] if below else [],
   ):
-    found = {}
-    for folder in folders:
-      files = sorted(folder.glob('*.safetensors'))
-      if files and (folder / 'cfg.json').is_file():
-        found[folder] = [x for x in files if x.name in LAYOUTS] or files
+    found = {folder: _files(folder) for folder in folders}
+    found = {folder: files for folder, files in found.items() if files}
     if found:
       return found
   return {}
 
 
-def _contradictions(cfg, parameters) -> list[str]:
-  """Where cfg.json says another shape than the tensors have."""
+def _files(folder: pathlib.Path) -> list[pathlib.Path]:
+  """The tensor files of a folder with an SAE; [] where there is none."""
+  for name, settings in foreign.SETTINGS.items():
+    places = [folder / (name + end) for end in ('', tensors.INDEX)]
+    if (folder / settings).is_file() and any(x.is_file() for x in places):
+      return [folder / name]
+  return sorted(folder.glob('*.safetensors')) * (folder / 'cfg.json').is_file()
+
+
+def sae(settings: dict[str, Any]) -> dict[str, Any]:
+  """{layer, width, latents, k, activation, dead_after}: what settings say."""
+  for section in ('sae', 'trainer'):
+    if isinstance(settings.get(section), dict):
+      settings = settings[section]
+  said = {
+    name: [settings[key] for key in keys if settings.get(key) is not None]
+    for name, keys in _SETTINGS.items()
+  }
+  return {name: values[0] for name, values in said.items() if values}
+
+
+def _contradictions(said, parameters) -> list[str]:
+  """Where the settings say another shape than the tensors have."""
   if 'w_dec_MD' not in parameters:
     return ['its tensors are not those of an SAE that is known here']
-  shape = parameters['w_dec_MD'].shape
-  said = [
-    (key, cfg[key], shape[axis])
-    for key, axis in (('d_in', 1), ('num_latents', 0), ('d_sae', 0))
-    if cfg.get(key)
-  ]
+  shape = dict(
+    zip(('latents', 'width'), parameters['w_dec_MD'].shape, strict=True)
+  )
   return [
-    f'cfg.json says {key} {value}, the tensors have {found}'
-    for key, value, found in said
-    if value != found
+    f'the settings say {key} {said[key]}, the tensors have {found}'
+    for key, found in shape.items()
+    if said.get(key, found) != found
   ]
 
 

@@ -1,3 +1,4 @@
+import dataclasses
 import shutil
 
 import jax
@@ -5,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lmm_sae.sae import checkpoint, trainer
+from lmm_sae.sae import checkpoint, exports, layouts, mesh, trainer
 from lmm_sae.sae.checkpoint import Checkpoints, Note
-from tests.sae import small
+from tests.sae import foreign_files, small
 from tests.sae.small import CONFIG, D, M
 
 SETTINGS = {'sae': {'k': 3}, 'seed': 0}
@@ -178,3 +179,82 @@ def test_shapes_name_every_array(tmp_path, state):
   assert tuple(shapes['params.w_enc_MD'].shape) == (M, D)
   assert tuple(shapes['opt_state.mu.b_dec_D'].shape) == (D,)
   assert len(shapes) == len(jax.tree.leaves(state))
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory, state):
+  """sae/4 of a workdir with the checkpoints 5 and 10 and no export."""
+  path = tmp_path_factory.mktemp('run') / 'sae' / str(CONFIG.layer)
+  settings = {'sae': dataclasses.asdict(CONFIG), 'seed': 0}
+  later = state.replace(
+    params=state.params.replace(b_enc_M=state.params.b_enc_M + 1)
+  )
+  with Checkpoints(path, keep=2) as checkpoints:
+    for step, held in ((5, state), (10, later)):
+      places_S2 = jax.device_put(PLACES_S2, one_device())
+      checkpoints.save(held, Note(step, settings, None), places_S2)
+  return path
+
+
+@pytest.mark.parametrize(('at', 'step'), [('', 10), ('5', 5), ('10', 10)])
+def test_an_sae_is_loaded_from_a_checkpoint(run, state, at, step):
+  sae = checkpoint.load(run / at)
+  want = trainer.export_params(state)
+  scale = np.asarray(state.scale)
+  np.testing.assert_array_equal(sae.w_enc_MD, want.w_enc_MD)
+  np.testing.assert_allclose(
+    sae.b_enc_M, want.b_enc_M + (step == 10) / scale, rtol=1e-6, atol=1e-7
+  )
+  assert sae.config == CONFIG
+
+
+def test_a_workdir_with_one_layer_is_enough_to_say(run, tmp_path):
+  workdir = run.parent.parent
+  assert checkpoint.load(workdir).config == CONFIG
+  copy = tmp_path / 'copy'
+  shutil.copytree(run.parent, copy / 'sae')
+  (copy / 'sae' / '9').mkdir()
+  assert checkpoint.load(copy, layer=4).config == CONFIG
+  with pytest.raises(ValueError, match=r'the layers \[4, 9\]: name one'):
+    checkpoint.load(copy)
+
+
+def test_an_sae_of_a_checkpoint_is_laid_on_a_mesh(run):
+  spread = checkpoint.load(run, mesh=mesh.make(4, 2))
+  x_ND = small.rows(9)
+  np.testing.assert_array_equal(
+    spread.encode(x_ND).idx_NK, checkpoint.load(run).encode(x_ND).idx_NK
+  )
+
+
+def test_an_export_goes_before_checkpoints(run, tmp_path):
+  copy = tmp_path / 'sae' / '4'
+  shutil.copytree(run, copy)
+  exports.write(small.random_sae(), copy / 'export')
+  sae = checkpoint.load(str(copy))
+  np.testing.assert_array_equal(sae.w_enc_MD, small.random_sae().w_enc_MD)
+
+
+def test_a_checkpoint_of_another_layer_is_refused(run):
+  with pytest.raises(ValueError, match='is of layer 4, not 7'):
+    checkpoint.load(run, layer=7)
+
+
+def test_what_is_neither_folder_nor_repository_is_refused(tmp_path):
+  with pytest.raises(ValueError, match='holds no SAE'):
+    checkpoint.load(tmp_path / 'nothing')
+  with pytest.raises(ValueError, match=r'no folder here.*from the hub'):
+    checkpoint.load('nobody/nothing-of-this-name')
+
+
+def test_a_repository_is_fetched_and_read(tmp_path, monkeypatch):
+  fetched = []
+
+  def fetch(repo):
+    fetched.append(repo)
+    return tmp_path
+
+  foreign_files.sparsify(tmp_path / 'model.layers.24', small.random_sae())
+  monkeypatch.setattr(layouts, 'fetch', fetch)
+  assert checkpoint.load('some/sae').config.layer == 24
+  assert fetched == ['some/sae']

@@ -1,4 +1,7 @@
+import dataclasses
 import json
+import pathlib
+import subprocess
 import sys
 
 import ml_dtypes
@@ -6,10 +9,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from lmm_sae.sae import exports
+from lmm_sae.sae import exports, layouts, mesh, probe
 from lmm_sae.sae.exports import Sae
 from lmm_sae.sae.model import SaeConfig, SparseCode
-from tests.sae import small
+from tests.sae import foreign_files, small
 from tests.sae.small import D, K, M
 
 N = 5
@@ -44,6 +47,100 @@ def test_an_export_replaces_the_one_before(tmp_path, sae):
   assert sorted(p.name for p in tmp_path.iterdir()) == ['export']
   names = sorted(p.name for p in (tmp_path / 'export').iterdir())
   assert names == ['saelens', 'sparsify']
+
+
+def contents(path):
+  """{file: bytes} of a folder."""
+  return {
+    file.relative_to(path): file.read_bytes()
+    for file in sorted(path.rglob('*'))
+    if file.is_file()
+  }
+
+
+@pytest.mark.parametrize('there', [True, False])
+@pytest.mark.parametrize('error', [OSError(28, 'No space left'), KeyError('x')])
+def test_an_export_that_fails_leaves_the_one_before(
+  tmp_path, sae, monkeypatch, there, error
+):
+  path = tmp_path / 'sae' / '4' / 'export'
+  if there:
+    exports.write(sae, path)
+  before = contents(tmp_path)
+
+  def fail(*_):
+    raise error
+
+  monkeypatch.setattr(probe, 'write', fail)  # the tensors are written by then
+  with pytest.raises(type(error)):
+    exports.write(small.random_sae(seed=1), path)
+  assert contents(tmp_path) == before
+  assert bool(list(tmp_path.iterdir())) == there
+
+
+def test_an_export_whose_last_rename_fails_leaves_the_one_before(
+  tmp_path, sae, monkeypatch
+):
+  exports.write(sae, tmp_path / 'export')
+  before = contents(tmp_path)
+  rename = pathlib.Path.rename
+
+  def fail(path, target):
+    if path.name == 'export.part':
+      raise OSError('no')
+    return rename(path, target)
+
+  monkeypatch.setattr(pathlib.Path, 'rename', fail)
+  with pytest.raises(OSError, match='no'):
+    exports.write(small.random_sae(seed=1), tmp_path / 'export')
+  assert contents(tmp_path) == before
+
+
+def test_an_export_killed_between_its_renames_comes_back(tmp_path, sae):
+  exports.write(sae, tmp_path / 'export')
+  (tmp_path / 'export').rename(tmp_path / 'export.old')
+  with pytest.raises(ValueError, match='not finite'):
+    exports.write(broken(tmp_path), tmp_path / 'export')
+  assert_equal(exports.load(tmp_path / 'export'), sae)
+  assert not (tmp_path / 'export.old').exists()
+
+
+def broken(tmp_path):
+  """A source whose decoder is not finite, which is seen when it is read."""
+  sae = small.random_sae()
+  sae.w_dec_MD[-1, -1] = np.inf
+  return layouts.find(foreign_files.sparsify(tmp_path / 'broken', sae))
+
+
+@pytest.mark.parametrize('stored', [np.float16, ml_dtypes.bfloat16])
+def test_a_copy_keeps_the_dtype_and_unknown_settings(tmp_path, sae, stored):
+  cfg = {'their': {'own': [1, None, 'é']}, 'normalize_decoder': False}
+  folder = foreign_files.sparsify(tmp_path / 'layers.3', sae, stored, **cfg)
+  exports.write(layouts.find(folder), tmp_path / 'export')
+  for name, tensor in load_file(folder / 'sae.safetensors').items():
+    got = load_file(tmp_path / 'export/sparsify/sae.safetensors')[name]
+    assert got.dtype == tensor.dtype == np.dtype(stored)
+    np.testing.assert_array_equal(got, tensor)
+  got = json.loads((tmp_path / 'export/sparsify/cfg.json').read_text())
+  assert got['their'] == cfg['their']
+  assert got['normalize_decoder'] is False
+  assert got['layer'] == 3
+  assert_equal(
+    exports.load(tmp_path / 'export/saelens'), exports.load(folder), rtol=0
+  )
+
+
+def test_a_copy_keeps_what_saelens_says_of_the_model(tmp_path, sae):
+  folder = foreign_files.saelens(tmp_path / 'a', sae, l1_coefficient=5)
+  exports.write(layouts.find(folder), tmp_path / 'export')
+  got = json.loads((tmp_path / 'export/saelens/cfg.json').read_text())
+  assert got['l1_coefficient'] == 5
+  assert got['metadata']['model_name'] == 'm'
+  got = json.loads((tmp_path / 'export/sparsify/cfg.json').read_text())
+  assert got['source_cfg']['l1_coefficient'] == 5
+  again = tmp_path / 'again'
+  exports.write(layouts.find(tmp_path / 'export'), again)
+  assert json.loads((again / 'sparsify/cfg.json').read_text()) == got
 
 
 def test_the_sparsify_layout_is_the_published_one(tmp_path, sae):
@@ -164,9 +261,92 @@ def test_a_code_that_does_not_fire_decodes_to_the_bias(sae):
   np.testing.assert_array_equal(sae.decode(code), np.tile(sae.b_dec_D, (2, 1)))
 
 
-def test_reading_an_sae_imports_no_torch():
-  assert 'lmm_sae.sae.exports' in sys.modules
-  imported = {
-    name for name in vars(exports) if name in ('torch', 'transformers')
-  }
-  assert not imported
+@pytest.mark.parametrize('dtype', ['float16', 'bfloat16', 'float64', 'int32'])
+def test_rows_of_any_number_are_coded(sae, dtype):
+  x_ND = (4 * small.rows(N)).astype(dtype)
+  code = sae.encode(x_ND)
+  want = sae.encode(x_ND.astype(np.float32))
+  np.testing.assert_array_equal(code.idx_NK, want.idx_NK)
+  assert code.vals_NK.dtype == sae.decode(code).dtype == np.float32
+
+
+@pytest.mark.parametrize('dtype', ['complex64', 'U3', 'object', 'bool'])
+def test_rows_that_are_no_numbers_are_refused(sae, dtype):
+  with pytest.raises(ValueError, match='reads real numbers'):
+    sae.encode(np.zeros((2, D)).astype(dtype))
+
+
+@pytest.mark.parametrize('sides', [(1, 4), (2, 2), (4, 1), (3, 2)])
+@pytest.mark.parametrize('kind', ['topk', 'batchtopk'])
+def test_an_sae_on_a_mesh_does_what_it_does_in_memory(tmp_path, sides, kind):
+  config = dataclasses.replace(
+    small.CONFIG, activation=kind, row_k=5 if kind == 'batchtopk' else 0
+  )
+  sae = small.random_sae(config)
+  exports.write(sae, tmp_path)
+  data, latent = sides
+  wide = mesh.make(data * latent, latent)
+  spread = exports.load(tmp_path, mesh=wide)
+  rows = {shard.data.shape[0] for shard in spread.w_enc_MD.addressable_shards}
+  assert rows == {M // latent}
+  assert_equal(spread, sae)
+  x_ND = small.rows(21)
+  one, two = sae.encode(x_ND), spread.encode(x_ND)
+  assert isinstance(two.vals_NK, np.ndarray)
+  fired_NK = one.vals_NK > 0
+  np.testing.assert_array_equal(two.vals_NK > 0, fired_NK)
+  np.testing.assert_array_equal(two.idx_NK[fired_NK], one.idx_NK[fired_NK])
+  np.testing.assert_allclose(two.vals_NK, one.vals_NK, rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(
+    spread.decode(two), sae.decode(one), rtol=1e-5, atol=1e-5
+  )
+
+
+def test_each_device_reads_its_own_latents_alone(tmp_path, sae):
+  folder = foreign_files.sparsify(tmp_path / 'a', sae)
+  found, asked = layouts.find(folder), []
+
+  def read(name, start, stop):
+    asked.append((name, start, stop))
+    return found.read(name, start, stop)
+
+  source = dataclasses.replace(found, read=read)
+  exports.take(source, mesh.make(3, 3))
+  runs = {(0, 4), (4, 8), (8, 12)}
+  for name in ('w_enc_MD', 'w_dec_MD', 'b_enc_M', 'theta_M'):
+    assert {at[1:] for at in asked if at[0] == name} == runs
+
+
+def test_latents_that_devices_cannot_share_are_refused(tmp_path, sae):
+  exports.write(sae, tmp_path)
+  with pytest.raises(ValueError, match='12 latents cannot be split over 5'):
+    exports.load(tmp_path, mesh=mesh.make(5, 5))
+
+
+def test_rows_that_fire_all_they_may_are_told_of(monkeypatch, caplog):
+  monkeypatch.setattr(exports, 'MOST', 5)
+  config = dataclasses.replace(small.CONFIG, activation='jumprelu', row_k=5)
+  sae = dataclasses.replace(
+    small.random_sae(config), b_enc_M=np.full(M, 100, np.float32)
+  )
+  with caplog.at_level('WARNING', logger='absl'):
+    sae.encode(small.rows(7))
+  assert '7 of 7 rows fire 5 latents or more' in caplog.text
+
+
+_API = """
+import sys
+import numpy as np
+from lmm_sae.sae import checkpoint
+sae = checkpoint.load(sys.argv[1])
+code = sae.encode(np.ones((3, sae.config.width), np.float16))
+assert type(code.vals_NK) is type(sae.decode(code)) is np.ndarray
+assert not {'torch', 'transformers'} & set(sys.modules)
+"""
+
+
+def test_an_sae_is_used_without_torch(tmp_path, sae, root):
+  exports.write(sae, tmp_path / 'export')
+  subprocess.run(
+    [sys.executable, '-c', _API, tmp_path / 'export'], check=True, cwd=root
+  )
