@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from lmm_sae.sae import figures
-from lmm_sae.sae.looking import Look, sae
+from lmm_sae.sae import figures, said
+from lmm_sae.sae.looking import Look
 from lmm_sae.sae.stored import BLOCK
 
 ALIKE = 0.9  # decoder rows with a smaller cosine point elsewhere
@@ -17,7 +17,7 @@ def between(new: Look, old: Look) -> dict[str, Any]:
 
   path: of the old one.
   settings: {added, removed: {name: value}, changed: {name: [old, new]}}; of
-    unlike layouts those of `looking.sae` that both say.
+    unlike layouts those of `said.sae` that both say.
   arrays: {added, removed: [name], reshaped: {name: [old, new]}} as
     'shape dtype'; {changes: {name: {max_abs, relative, nonfinite}}}: the
     largest change of a value, ‖new - old‖ / ‖old‖ (null where old is 0), and
@@ -67,7 +67,7 @@ def _settings(new: Look, old: Look, by: str) -> dict[str, Any]:
   if by == 'name':
     now, then = (dict(_flat(x.facts['settings'] or {})) for x in (new, old))
   else:
-    now, then = (sae(x.facts['settings'] or {}) for x in (new, old))
+    now, then = (said.sae(x.facts['settings'] or {}) for x in (new, old))
     both = now.keys() & then.keys()
     now, then = ({key: x[key] for key in both} for x in (now, then))
   return {

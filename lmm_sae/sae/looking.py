@@ -25,6 +25,7 @@ from lmm_sae.sae import (
   foreign,
   orbax_files,
   pickles,
+  said,
   stored,
   tensors,
 )
@@ -60,16 +61,6 @@ LAYOUTS = {
 }
 SCALARS = 200  # arrays without axes that are read
 
-# What ours, sparsify, SAELens and dictionary_learning call a setting.
-_SETTINGS = {
-  'layer': ('layer',),
-  'width': ('width', 'd_in', 'activation_dim'),
-  'latents': ('latents', 'num_latents', 'd_sae', 'dict_size'),
-  'k': ('mean_k', 'k'),
-  'activation': ('activation', 'architecture', 'dict_class'),
-  'dead_after': ('dead_after',),
-}
-
 
 @dataclasses.dataclass(frozen=True)
 class Look:
@@ -98,7 +89,7 @@ class Look:
   @property
   def dead_after(self) -> int | None:
     """Rows without firing that make a latent dead."""
-    after = sae(self.facts['settings'] or {}).get('dead_after')
+    after = said.sae(self.facts['settings'] or {}).get('dead_after')
     return after if isinstance(after, int) else None
 
 
@@ -212,11 +203,11 @@ def of_checkpoint(path: pathlib.Path) -> Look:
     if numbers
     else values.get('state.step', values.get('step')),
     'steps': list(siblings) if numbers else [],
-    'fvu': _number(*fvu[-1:]),
+    'fvu': said.number(*fvu[-1:]),
     'saved': _time(note.get('commit_timestamp_nsecs')),
     'processes': folder.processes,
     'settings': settings,
-    'sae': sae(settings or {}),
+    'sae': said.sae(settings or {}),
     'metadata': ({'custom': custom} if custom else {}) | folder.documents,
     'position': position,
     'arrays': [x.facts() for x in folder.arrays],
@@ -265,11 +256,11 @@ def of_export(path: pathlib.Path) -> Look:
       for folder, files in found.items()
     },
     'step': cfg.get('step'),
-    'fvu': _number(measured(folder).get('fvu')),
+    'fvu': said.number(said.measured(folder).get('fvu')),
     'settings': cfg,
-    'sae': sae(cfg),
+    'sae': said.sae(cfg),
     'arrays': [x.facts() for x in arrays],
-    'warnings': _contradictions(sae(cfg), parameters),
+    'warnings': _contradictions(said.sae(cfg), parameters),
   }
   return Look(folder, facts, arrays, parameters)
 
@@ -303,19 +294,7 @@ def _files(folder: pathlib.Path) -> list[pathlib.Path]:
   return sorted(folder.glob('*.safetensors')) * (folder / 'cfg.json').is_file()
 
 
-def sae(settings: dict[str, Any]) -> dict[str, Any]:
-  """{layer, width, latents, k, activation, dead_after}: what settings say."""
-  for section in ('sae', 'trainer'):
-    if isinstance(settings.get(section), dict):
-      settings = settings[section]
-  said = {
-    name: [settings[key] for key in keys if settings.get(key) is not None]
-    for name, keys in _SETTINGS.items()
-  }
-  return {name: values[0] for name, values in said.items() if values}
-
-
-def _contradictions(said, parameters) -> list[str]:
+def _contradictions(claims, parameters) -> list[str]:
   """Where the settings say another shape than the tensors have."""
   if 'w_dec_MD' not in parameters:
     return ['its tensors are not those of an SAE that is known here']
@@ -323,9 +302,9 @@ def _contradictions(said, parameters) -> list[str]:
     zip(('latents', 'width'), parameters['w_dec_MD'].shape, strict=True)
   )
   return [
-    f'the settings say {key} {said[key]}, the tensors have {found}'
+    f'the settings say {key} {claims[key]}, the tensors have {found}'
     for key, found in shape.items()
-    if said.get(key, found) != found
+    if claims.get(key, found) != found
   ]
 
 
@@ -369,29 +348,6 @@ def of_store(path: pathlib.Path) -> Look:
 
 def _lazily(path, name, width, layout):
   return lambda: grid.open_array(path, name, width, layout, writes=False)
-
-
-def around(path: pathlib.Path) -> tuple[pathlib.Path | None, str]:
-  """(workdir, layer) that a checkpoint or an export lies in; (None, '')."""
-  for folder in (path, *path.parents):
-    if folder.parent.name == 'sae' and folder.name.isdigit():
-      return folder.parents[1], folder.name
-  return None, ''
-
-
-def measured(path: pathlib.Path) -> dict[str, Any]:
-  """What the evaluation of its workdir says of an SAE over all rows; or {}."""
-  root, layer = around(path)
-  if root is None or not (root / 'evaluation.json').is_file():
-    return {}
-  value = stored.read_json(root / 'evaluation.json')
-  for key in (layer, 'all'):
-    value = value.get(key) if isinstance(value, dict) else None
-  return value if isinstance(value, dict) else {}
-
-
-def _number(value: Any = None) -> float | None:
-  return float(value) if isinstance(value, int | float) else None
 
 
 def _facts(what: str, path: pathlib.Path) -> dict[str, Any]:
