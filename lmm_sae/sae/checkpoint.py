@@ -1,4 +1,4 @@
-"""Checkpoints of a run, sae/<layer>/<step>/; no other module knows orbax.
+"""Checkpoints of a run, sae/<layer>/<step>/; no other module imports orbax.
 
 Under `state` lies the TrainState, under `data` the place in the rows at which
 each share goes on, both as orbax writes them, split over processes; the run's
