@@ -297,16 +297,6 @@ def steps(path: str | os.PathLike) -> list[int]:
   return sorted(int(p.name) for p in path.iterdir() if p.name.isdigit())
 
 
-def shapes(path: str | os.PathLike, step: int) -> dict[str, Any]:
-  """{name: array metadata with shape and dtype} of a checkpoint."""
-  tree = ocp.metadata(pathlib.Path(path) / str(step)).metadata
-  leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-  return {
-    jax.tree_util.keystr(at, simple=True, separator='.'): leaf
-    for at, leaf in leaves
-  }
-
-
 def check_version(path: pathlib.Path, version: Any, known: int) -> None:
   """Refuses a format that this program does not know."""
   if version != known:
