@@ -45,19 +45,19 @@ class Stage:
     writes: whether it writes the workdir; those that do not need no config.json
       of their own and leave it alone.
     needs: whether --workdir must be given.
-    undone: config.json is as it was before where the stage fails: what it
-      refuses leaves no trace.
     takes: its field that a word after its name is the value of; '' for none.
       Those in SHORT go without `config.` and section there, too: --stats is
       --config.inspect.stats=true.
+    undone: config.json is as it was before where the stage fails: what it
+      refuses leaves no trace.
   """
 
   does: str
   sections: tuple[str, ...]
   writes: bool = True
   needs: bool = True
-  undone: bool = False
   takes: str = ''
+  undone: bool = False
 
 
 STAGES = {
@@ -67,11 +67,9 @@ STAGES = {
     ('lmm', 'data', 'capture'),
   ),
   'train': Stage('fit an SAE to the stored rows', ('sae', 'train', 'hosts')),
+  'evaluate': Stage('say how good the SAE is, by token kind', ('evaluate',)),
   'index': Stage(
     'find the images and tokens that fire each latent', ('index',)
-  ),
-  'evaluate': Stage(
-    'say how good the SAE is, by token kind', ('evaluate', 'server')
   ),
   'explain': Stage(
     'ask a larger LMM what the exemplars of a latent share', ('explain',)
@@ -119,7 +117,6 @@ EXTRAS = {  # the extra that brings a package which the core does not need
   'transformers': 'torch',
   'fastapi': 'serve',
   'uvicorn': 'serve',
-  'huggingface_hub': 'hub',
   'ray': 'ray',
   'datasets': 'data',
   'tensorboardX': 'tb',

@@ -1,4 +1,4 @@
-"""Checkpoints of a run, sae/<layer>/<step>/; no other module knows orbax.
+"""Checkpoints of a run, sae/<layer>/<step>/; no other module imports orbax.
 
 Under `state` lies the TrainState, under `data` the place in the rows at which
 each share goes on, both as orbax writes them, split over processes; the run's
@@ -295,16 +295,6 @@ def steps(path: str | os.PathLike) -> list[int]:
   if not path.is_dir():
     return []
   return sorted(int(p.name) for p in path.iterdir() if p.name.isdigit())
-
-
-def shapes(path: str | os.PathLike, step: int) -> dict[str, Any]:
-  """{name: array metadata with shape and dtype} of a checkpoint."""
-  tree = ocp.metadata(pathlib.Path(path) / str(step)).metadata
-  leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-  return {
-    jax.tree_util.keystr(at, simple=True, separator='.'): leaf
-    for at, leaf in leaves
-  }
 
 
 def check_version(path: pathlib.Path, version: Any, known: int) -> None:

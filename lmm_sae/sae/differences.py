@@ -5,19 +5,11 @@ from typing import Any
 
 import numpy as np
 
-from lmm_sae.sae import figures
+from lmm_sae.sae import figures, said
 from lmm_sae.sae.looking import Look
 from lmm_sae.sae.stored import BLOCK
 
 ALIKE = 0.9  # decoder rows with a smaller cosine point elsewhere
-
-_SHARED = {  # a setting -> what it is called in ours, sparsify's, SAELens's
-  'layer': ('layer',),
-  'width': ('width', 'd_in'),
-  'latents': ('latents', 'num_latents', 'd_sae'),
-  'k': ('mean_k', 'k'),
-  'activation': ('activation', 'architecture'),
-}
 
 
 def between(new: Look, old: Look) -> dict[str, Any]:
@@ -25,7 +17,7 @@ def between(new: Look, old: Look) -> dict[str, Any]:
 
   path: of the old one.
   settings: {added, removed: {name: value}, changed: {name: [old, new]}}; of
-    unlike layouts layer, width, latents, k and activation alone.
+    unlike layouts those of `said.sae` that both say.
   arrays: {added, removed: [name], reshaped: {name: [old, new]}} as
     'shape dtype'; {changes: {name: {max_abs, relative, nonfinite}}}: the
     largest change of a value, ‖new - old‖ / ‖old‖ (null where old is 0), and
@@ -45,7 +37,7 @@ def between(new: Look, old: Look) -> dict[str, Any]:
   alike = [name for name in shared if now[name].shape == then[name].shape]
   return {
     'path': str(old.path),
-    'settings': _settings(*(_said(x, by) for x in (new, old))),
+    'settings': _settings(new, old, by),
     'arrays': {
       'by': by,
       'added': [name for name in now if name not in then],
@@ -71,20 +63,13 @@ def _what(array) -> str:
   return f'{shape} {array.dtype}' if hasattr(array, 'dtype') else shape
 
 
-def _said(look: Look, by: str) -> dict[str, Any]:
-  """Settings by dotted name; of unlike layouts those that all of them have."""
-  settings = look.facts['settings'] or {}
+def _settings(new: Look, old: Look, by: str) -> dict[str, Any]:
   if by == 'name':
-    return dict(_flat(settings))
-  said = settings.get('sae', settings)
-  found = {
-    name: [said[key] for key in keys if said.get(key) is not None]
-    for name, keys in _SHARED.items()
-  }
-  return {name: values[0] for name, values in found.items() if values}
-
-
-def _settings(now: dict, then: dict) -> dict[str, Any]:
+    now, then = (dict(_flat(x.facts['settings'] or {})) for x in (new, old))
+  else:
+    now, then = (said.sae(x.facts['settings'] or {}) for x in (new, old))
+    both = now.keys() & then.keys()
+    now, then = ({key: x[key] for key in both} for x in (now, then))
   return {
     'added': {name: now[name] for name in now if name not in then},
     'removed': {name: then[name] for name in then if name not in now},

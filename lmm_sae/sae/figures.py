@@ -14,7 +14,7 @@ import numpy as np
 
 from lmm_sae.core import progress
 from lmm_sae.core.index import LatentIndex
-from lmm_sae.sae import looking
+from lmm_sae.sae import said
 from lmm_sae.sae.looking import Look
 from lmm_sae.sae.parameters import Parameter
 from lmm_sae.sae.stored import Array
@@ -146,7 +146,7 @@ def rates(path: pathlib.Path, latents: int) -> Iterator[dict[str, Any]]:
 
   They are of the SAE that was exported, whichever checkpoint is looked at.
   """
-  root, layer = looking.around(path)
+  root, layer = said.around(path)
   if root is None:
     return
   for found in sorted((root / 'index' / layer).glob('*')):
@@ -161,7 +161,7 @@ def rates(path: pathlib.Path, latents: int) -> Iterator[dict[str, Any]]:
         'never': int((fired_M == 0).sum()),
         **histogram(fired_M[fired_M > 0] / max(1, index.meta.rows), RATES),
       }
-  measured = looking.measured(path)
+  measured = said.measured(path)
   firing = measured.get('firing')  # by log10 of the rate
   if not isinstance(firing, dict):
     return

@@ -20,10 +20,19 @@ import numpy as np
 from lmm_sae.core import grid
 from lmm_sae.core import store as store_lib
 from lmm_sae.core.store import ActivationStore
-from lmm_sae.sae import checkpoint, foreign, orbax_files, stored
+from lmm_sae.sae import (
+  checkpoint,
+  foreign,
+  orbax_files,
+  pickles,
+  said,
+  stored,
+  tensors,
+)
 from lmm_sae.sae import parameters as parameters_lib
 from lmm_sae.sae.parameters import Parameter
 from lmm_sae.sae.stored import Array
+from lmm_sae.sae.tensors import Tensor
 
 FORMAT_VERSION = 1  # of the facts
 
@@ -34,6 +43,7 @@ path, bytes     of what is described, on disk
 writer          lmm_sae or other; `format`: the version of our format, or null
 step, fvu       null where nothing says
 settings        of the run (checkpoint), cfg.json (export), meta.json (store)
+sae             {layer, width, latents, k, activation, dead_after}, where said
 metadata        whatever else other programs wrote as JSON, by item
 position        where the rows go on: {pool, row} for each share of the data
 processes       that wrote a checkpoint; `saved`: when, UTC
@@ -44,7 +54,11 @@ scalars         {name: value} of arrays without axes; values: of other leaves
 warnings        what is odd, and yet no damage
 stats, against  see `figures.of`, `differences.between`"""
 
-LAYOUTS = {'sae.safetensors': 'sparsify', 'sae_weights.safetensors': 'saelens'}
+LAYOUTS = {
+  foreign.SPARSIFY: 'sparsify',
+  foreign.SAELENS: 'saelens',
+  foreign.LEARNING: 'dictionary_learning',
+}
 SCALARS = 200  # arrays without axes that are read
 
 
@@ -75,8 +89,7 @@ class Look:
   @property
   def dead_after(self) -> int | None:
     """Rows without firing that make a latent dead."""
-    settings = self.facts['settings'] or {}
-    after = settings.get('sae', settings).get('dead_after')
+    after = said.sae(self.facts['settings'] or {}).get('dead_after')
     return after if isinstance(after, int) else None
 
 
@@ -190,10 +203,11 @@ def of_checkpoint(path: pathlib.Path) -> Look:
     if numbers
     else values.get('state.step', values.get('step')),
     'steps': list(siblings) if numbers else [],
-    'fvu': _number(*fvu[-1:]),
+    'fvu': said.number(*fvu[-1:]),
     'saved': _time(note.get('commit_timestamp_nsecs')),
     'processes': folder.processes,
     'settings': settings,
+    'sae': said.sae(settings or {}),
     'metadata': ({'custom': custom} if custom else {}) | folder.documents,
     'position': position,
     'arrays': [x.facts() for x in folder.arrays],
@@ -214,68 +228,83 @@ def _strict(folder: orbax_files.Folder) -> None:
 
 
 def of_export(path: pathlib.Path) -> Look:
-  """Looks at an SAE in safetensors; where both layouts are, at sparsify's."""
+  """Looks at an SAE in a layout of another program; of both, at sparsify's."""
   found = _layouts(path)
-  if len(found) > 1 and not {x.name for x in found} <= set(LAYOUTS.values()):
+  if len(found) > 1 and not {x.name for x in found} <= {'sparsify', 'saelens'}:
     names = ', '.join(folder.name for folder in found)
     raise ValueError(f'{path} holds several SAEs: name one of {names}')
   folder, files = next(iter(found.items()))
-  cfg = stored.read_json(folder / 'cfg.json')
-  if not isinstance(cfg, dict):
-    raise ValueError(f'{folder / "cfg.json"} is damaged: it is no JSON object')
+  name = files[0].name
+  settings = folder / foreign.SETTINGS.get(name, 'cfg.json')
+  cfg = tensors.read_json(settings, folder)
   version = cfg.get('format_version')
   if version is not None:
     checkpoint.check_version(folder, version, foreign.FORMAT_VERSION)
-  arrays = [x for file in files for x in stored.tensors(file)]
+  arrays = [
+    stored.of_tensor(key, tensor)
+    for file in files
+    for key, tensor in _tensors(file).items()
+    if isinstance(tensor, Tensor)
+  ]
   parameters = parameters_lib.found(arrays)
   facts = _facts('export', folder) | {
     'writer': 'other' if version is None else 'lmm_sae',
     'format': version,
-    'layout': LAYOUTS.get(files[0].name, 'unknown'),
+    'layout': LAYOUTS.get(name, 'unknown'),
     'layouts': {
       LAYOUTS.get(files[0].name, folder.name): stored.disk(folder)
       for folder, files in found.items()
     },
     'step': cfg.get('step'),
-    'fvu': _number(measured(folder).get('fvu')),
+    'fvu': said.number(said.measured(folder).get('fvu')),
     'settings': cfg,
+    'sae': said.sae(cfg),
     'arrays': [x.facts() for x in arrays],
-    'warnings': _contradictions(cfg, parameters),
+    'warnings': _contradictions(said.sae(cfg), parameters),
   }
   return Look(folder, facts, arrays, parameters)
 
 
+def _tensors(file: pathlib.Path) -> dict[str, Any]:
+  """What a file holds, its tensors unread; nothing in it is run."""
+  find = pickles.find if file.suffix == '.pt' else tensors.find
+  return find(file, file.parent)
+
+
 def _layouts(path: pathlib.Path, below: bool = True) -> dict:
-  """{folder: its safetensors files} of the SAEs here, or one below."""
+  """{folder: its tensor files} of the SAEs here, or one below."""
   for folders in (
     [path],
-    [path / name for name in LAYOUTS.values()],
+    [path / name for name in ('sparsify', 'saelens')],
     [x for x in sorted(path.iterdir()) if x.is_dir()] if below else [],
   ):
-    found = {}
-    for folder in folders:
-      files = sorted(folder.glob('*.safetensors'))
-      if files and (folder / 'cfg.json').is_file():
-        found[folder] = [x for x in files if x.name in LAYOUTS] or files
+    found = {folder: _files(folder) for folder in folders}
+    found = {folder: files for folder, files in found.items() if files}
     if found:
       return found
   return {}
 
 
-def _contradictions(cfg, parameters) -> list[str]:
-  """Where cfg.json says another shape than the tensors have."""
+def _files(folder: pathlib.Path) -> list[pathlib.Path]:
+  """The tensor files of a folder with an SAE; [] where there is none."""
+  for name, settings in foreign.SETTINGS.items():
+    places = [folder / (name + end) for end in ('', tensors.INDEX)]
+    if (folder / settings).is_file() and any(x.is_file() for x in places):
+      return [folder / name]
+  return sorted(folder.glob('*.safetensors')) * (folder / 'cfg.json').is_file()
+
+
+def _contradictions(claims, parameters) -> list[str]:
+  """Where the settings say another shape than the tensors have."""
   if 'w_dec_MD' not in parameters:
     return ['its tensors are not those of an SAE that is known here']
-  shape = parameters['w_dec_MD'].shape
-  said = [
-    (key, cfg[key], shape[axis])
-    for key, axis in (('d_in', 1), ('num_latents', 0), ('d_sae', 0))
-    if cfg.get(key)
-  ]
+  shape = dict(
+    zip(('latents', 'width'), parameters['w_dec_MD'].shape, strict=True)
+  )
   return [
-    f'cfg.json says {key} {value}, the tensors have {found}'
-    for key, value, found in said
-    if value != found
+    f'the settings say {key} {claims[key]}, the tensors have {found}'
+    for key, found in shape.items()
+    if claims.get(key, found) != found
   ]
 
 
@@ -319,29 +348,6 @@ def of_store(path: pathlib.Path) -> Look:
 
 def _lazily(path, name, width, layout):
   return lambda: grid.open_array(path, name, width, layout, writes=False)
-
-
-def around(path: pathlib.Path) -> tuple[pathlib.Path | None, str]:
-  """(workdir, layer) that a checkpoint or an export lies in; (None, '')."""
-  for folder in (path, *path.parents):
-    if folder.parent.name == 'sae' and folder.name.isdigit():
-      return folder.parents[1], folder.name
-  return None, ''
-
-
-def measured(path: pathlib.Path) -> dict[str, Any]:
-  """What the evaluation of its workdir says of an SAE over all rows; or {}."""
-  root, layer = around(path)
-  if root is None or not (root / 'evaluation.json').is_file():
-    return {}
-  value = stored.read_json(root / 'evaluation.json')
-  for key in (layer, 'all'):
-    value = value.get(key) if isinstance(value, dict) else None
-  return value if isinstance(value, dict) else {}
-
-
-def _number(value: Any = None) -> float | None:
-  return float(value) if isinstance(value, int | float) else None
 
 
 def _facts(what: str, path: pathlib.Path) -> dict[str, Any]:

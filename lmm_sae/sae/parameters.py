@@ -8,11 +8,12 @@ import numpy as np
 from lmm_sae.sae import stored
 from lmm_sae.sae.stored import Array
 
-# Names of the SAE's arrays: ours, sparsify's, SAELens's.
+# Names of the SAE's arrays: ours, sparsify's, SAELens's, and
+# dictionary_learning's, whose decoder.weight is [D, M].
 _NAMES = {
   'w_enc_MD': ('w_enc_MD', 'encoder.weight', 'W_enc'),
   'b_enc_M': ('b_enc_M', 'encoder.bias', 'b_enc'),
-  'w_dec_MD': ('w_dec_MD', 'W_dec'),
+  'w_dec_MD': ('w_dec_MD', 'W_dec', 'decoder.weight'),
   'b_dec_D': ('b_dec_D', 'b_dec'),
   'theta_M': ('theta_M', 'threshold'),
 }
@@ -64,14 +65,16 @@ def found(arrays: list[Array], scale: float = 1.0) -> dict[str, Parameter]:
   decoder = fitting.get('w_dec_MD')
   if decoder is None or len(decoder.shape) != 2:
     return {}
-  latents, width = decoder.shape
-  wanted = {'w_enc_MD': (latents, width), 'b_dec_D': (width,)}
+  turned = {'w_dec_MD': decoder.name.endswith('decoder.weight')}
+  latents, width = decoder.shape[:: -1 if turned['w_dec_MD'] else 1]
+  wide = {'w_enc_MD': (latents, width), 'w_dec_MD': (latents, width)}
   parameters = {}
   for name, array in fitting.items():
-    shape = wanted.get(name, (latents,) if name != 'w_dec_MD' else array.shape)
-    turned = array.shape != shape or array.name.split('.')[-1] == 'W_enc'
-    turned = turned and name == 'w_enc_MD' and array.shape == shape[::-1]
-    if turned or array.shape == shape:
-      own = 1.0 if name.startswith('w_') else scale
-      parameters[name] = Parameter(array, turned, own)
+    shape = wide.get(name, (width,) if name == 'b_dec_D' else (latents,))
+    if name == 'w_enc_MD':  # SAELens's is [D, M]; by name where D is M
+      other = array.shape != shape or array.name.split('.')[-1] == 'W_enc'
+      turned[name] = other and array.shape == shape[::-1]
+    if array.shape == shape[:: -1 if turned.get(name) else 1]:
+      divisor = 1.0 if name in wide else scale
+      parameters[name] = Parameter(array, turned.get(name, False), divisor)
   return parameters

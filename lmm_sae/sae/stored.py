@@ -1,8 +1,8 @@
 """Arrays on disk that are looked at before any of them is read.
 
 An `Array` knows its shape, dtype, bytes and how it was split; its values are
-read a few rows at a time, when they are asked for. `tensors` lists those of a
-safetensors file; those of an orbax checkpoint are in `sae.orbax_files`.
+read a few rows at a time, when they are asked for. `sae.orbax_files` lists the
+arrays of a checkpoint; `sae.tensors` and `sae.pickles` those of other files.
 """
 
 import contextlib
@@ -17,26 +17,9 @@ from typing import Any
 import ml_dtypes  # noqa: F401 - makes numpy know bfloat16 by name
 import numpy as np
 
-BLOCK = 1 << 22  # elements in one piece of `blocks`: 16 MB of float32
+from lmm_sae.sae.tensors import Tensor
 
-_HEADER = 100_000_000  # bytes; a longer header of safetensors is no header
-_DTYPES = {
-  'F64': 'float64',
-  'F32': 'float32',
-  'F16': 'float16',
-  'BF16': 'bfloat16',
-  'F8_E4M3': 'float8_e4m3fn',
-  'F8_E5M2': 'float8_e5m2',
-  'I64': 'int64',
-  'I32': 'int32',
-  'I16': 'int16',
-  'I8': 'int8',
-  'U64': 'uint64',
-  'U32': 'uint32',
-  'U16': 'uint16',
-  'U8': 'uint8',
-  'BOOL': 'bool',
-}
+BLOCK = 1 << 22  # elements in one piece of `blocks`: 16 MB of float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +30,7 @@ class Array:
     name: dotted.
     shape, dtype: of the whole array; dtype by numpy's name.
     stored: bytes on disk, which compression may have made fewer than `nbytes`.
-    open: gives what is indexed for values: a tensorstore or a memory map.
+    open: gives what is indexed for values: [rows], or [:, columns].
     item: the part of a checkpoint that it belongs to; '' for all others.
     chunks: shape of what is read at once; () where any part is as good.
     sharding: how it lay on devices, see `orbax_files.sharding`; None: unknown.
@@ -114,66 +97,28 @@ class Array:
     }
 
 
-def tensors(file: pathlib.Path) -> list[Array]:
-  """The tensors of a safetensors file; only its header is read.
-
-  Raises:
-    ValueError: it is no such file, it is cut, or its tensors overlap.
-  """
-  size = file.stat().st_size
-  with file.open('rb') as opened:
-    length = int.from_bytes(opened.read(8), 'little')
-    if size < 8 or not 2 <= length <= min(_HEADER, size - 8):
-      raise ValueError(f'{file} is damaged: it has no header of safetensors')
-    text = opened.read(length)
-  try:
-    header = json.loads(text)
-    header.pop('__metadata__', None)
-    found = [
-      (name, said['dtype'], *_counts(said['shape'], said['data_offsets']))
-      for name, said in header.items()
-    ]
-  except (ValueError, TypeError, KeyError, AttributeError) as error:
-    raise ValueError(
-      f'{file} is damaged: its header cannot be read ({error})'
-    ) from error
-  arrays, end = [], 0
-  for name, kind, shape, start, stop in sorted(found, key=lambda x: x[3:]):
-    if not isinstance(kind, str) or kind not in _DTYPES:
-      raise ValueError(f'{file}: {name} has the dtype {kind}, which is unknown')
-    array = _mapped(file, name, _DTYPES[kind], shape, 8 + length + start)
-    if start != end or stop - start != array.nbytes:
-      raise ValueError(
-        f'{file} is damaged: {name} of {list(shape)} {kind} cannot stand at '
-        f'bytes {start} to {stop}'
-      )
-    end = stop
-    arrays.append(array)
-  if size != 8 + length + end:
-    raise ValueError(
-      f'{file} is damaged: it has {size} bytes, its header says '
-      f'{8 + length + end}'
-    )
-  return arrays
+def of_tensor(name: str, tensor: Tensor) -> Array:
+  """A tensor of another program's file."""
+  size = math.prod(tensor.shape) * tensor.dtype.itemsize
+  return Array(
+    name, tensor.shape, tensor.dtype.name, size, lambda: _Rows(tensor)
+  )
 
 
-def _counts(shape, offsets) -> tuple[tuple[int, ...], int, int]:
-  counts = [*shape, *offsets]
-  if not all(type(x) is int and x >= 0 for x in counts) or len(offsets) != 2:
-    raise ValueError(f'{shape} at {offsets}')
-  return tuple(shape), *offsets
+class _Rows:
+  """A tensor that is indexed like a matrix, by rows or by columns alone."""
 
+  def __init__(self, tensor: Tensor):
+    self._tensor = tensor
 
-def _mapped(file, name, dtype, shape, offset) -> Array:
-  def mapped():
-    count = math.prod(shape)
-    if not count:
-      return np.zeros(shape, dtype)
-    flat = np.memmap(file, np.uint8, 'r', offset, (count * item,))
-    return flat.view(dtype).reshape(shape)
+  def __getitem__(self, part: slice | tuple[slice, slice]) -> np.ndarray:
+    if isinstance(part, slice):
+      return self._tensor.read(part.start, part.stop)
+    return self._tensor.T.read(part[1].start, part[1].stop).T
 
-  item = np.dtype(dtype).itemsize
-  return Array(name, shape, dtype, math.prod(shape) * item, mapped)
+  def __array__(self, dtype=None, copy=None) -> np.ndarray:
+    del dtype, copy
+    return np.asarray(self._tensor.read())
 
 
 def damaged(path: pathlib.Path, why: Any) -> ValueError:

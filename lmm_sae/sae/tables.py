@@ -74,22 +74,18 @@ def _head(facts) -> Iterator[str]:
   yield f'  {", ".join(words) or "no step"}'
   if len(facts.get('steps', ())) > 1:
     yield from wrap('checkpoints here', map(str, facts['steps']))
-  latents = _sae(facts)
+  latents = _sae(facts['sae'])
   if latents:
-    yield f'  {latents}'
+    yield cut(f'  {latents}')
 
 
-def _sae(facts) -> str:
+def _sae(said) -> str:
   """`6 -> 12 latents, k 3, topk` where the settings say so."""
-  settings = facts['settings'] or {}
-  said = settings.get('sae', settings)
-  width = said.get('width', said.get('d_in'))
-  latents = said.get('latents', said.get('num_latents', said.get('d_sae')))
-  if not (isinstance(width, int) and isinstance(latents, int)):
+  if not {'width', 'latents'} <= set(said):
     return ''
-  kind = said.get('activation', said.get('architecture', ''))
-  words = [f'{width} -> {latents} latents', f'k {said.get("k", "?")}', kind]
-  return ', '.join(str(word) for word in words if word)
+  words = [f'{said["width"]} -> {said["latents"]} latents']
+  words += [f'k {said["k"]}'] if 'k' in said else []
+  return ', '.join([*words, str(said.get('activation', ''))]).rstrip(', ')
 
 
 def _settings(facts) -> Iterator[str]:
