@@ -6,7 +6,6 @@ lmm-sae STAGE --config=FILE --workdir=DIR [--config.section.field=value]
 import contextlib
 import dataclasses
 import difflib
-import errno
 import importlib
 import os
 import re
@@ -20,7 +19,7 @@ from ml_collections import ConfigDict, config_flags
 
 import lmm_sae
 from lmm_sae.core import config as configs
-from lmm_sae.core import host
+from lmm_sae.core import host, wording
 from lmm_sae.core.workdir import Workdir
 
 USAGE = """\
@@ -45,19 +44,19 @@ class Stage:
     writes: whether it writes the workdir; those that do not need no config.json
       of their own and leave it alone.
     needs: whether --workdir must be given.
+    undone: config.json is as it was before where the stage fails: what it
+      refuses leaves no trace.
     takes: its field that a word after its name is the value of; '' for none.
       Those in SHORT go without `config.` and section there, too: --stats is
       --config.inspect.stats=true.
-    undone: config.json is as it was before where the stage fails: what it
-      refuses leaves no trace.
   """
 
   does: str
   sections: tuple[str, ...]
   writes: bool = True
   needs: bool = True
-  takes: str = ''
   undone: bool = False
+  takes: str = ''
 
 
 STAGES = {
@@ -67,9 +66,11 @@ STAGES = {
     ('lmm', 'data', 'capture'),
   ),
   'train': Stage('fit an SAE to the stored rows', ('sae', 'train', 'hosts')),
-  'evaluate': Stage('say how good the SAE is, by token kind', ('evaluate',)),
   'index': Stage(
     'find the images and tokens that fire each latent', ('index',)
+  ),
+  'evaluate': Stage(
+    'say how good the SAE is, by token kind', ('evaluate', 'server')
   ),
   'explain': Stage(
     'ask a larger LMM what the exemplars of a latent share', ('explain',)
@@ -107,26 +108,6 @@ DEFAULT_WORKDIR = 'runs/demo'
 SHORT = {'stats': False, 'json': False, 'against': True}  # field: has a value
 TOP = ('seed', 'acts')  # fields that every stage may read
 
-EXTRAS = {  # the extra that brings a package which the core does not need
-  'jax': 'sae',
-  'flax': 'sae',
-  'optax': 'sae',
-  'orbax': 'sae',
-  'grain': 'sae',
-  'torch': 'torch',
-  'transformers': 'torch',
-  'fastapi': 'serve',
-  'uvicorn': 'serve',
-  'ray': 'ray',
-  'datasets': 'data',
-  'tensorboardX': 'tb',
-  'wandb': 'wandb',
-}
-
-
-class UsageError(ValueError):
-  """The command line itself is wrong."""
-
 
 def main(argv: list[str] | None = None) -> int:
   """Runs one command; the exit code is 0, 2 with a message, or 130."""
@@ -139,7 +120,7 @@ def main(argv: list[str] | None = None) -> int:
   except (ValueError, NotImplementedError, OSError, ImportError) as error:
     if '--verbosity=1' in argv:
       traceback.print_exc()
-    print(f'lmm-sae: {_message(error)}', file=sys.stderr)
+    print(f'lmm-sae: {wording.of(error)}', file=sys.stderr)
     return 2
 
 
@@ -160,7 +141,7 @@ def _run(argv: list[str]) -> int:
   if stage.takes and values.positional[1:]:
     overrides.append(f'--config.{name}.{stage.takes}={values.positional[1]}')
   if not values.workdir and stage.needs:
-    raise UsageError(f'{name}: --workdir=DIR is missing')
+    raise wording.UsageError(f'{name}: --workdir=DIR is missing')
   if re.match(r'\w+://', values.workdir):
     raise NotImplementedError(
       f'--workdir={values.workdir}: a run is written to a local folder'
@@ -221,7 +202,7 @@ def resolve(path: str, overrides: list[str]) -> ConfigDict:
   for word in overrides:
     field = re.sub(r'^--?(no)?config\.|=.*$', '', word, flags=re.DOTALL)
     if field not in known:
-      raise UsageError(configs.unknown(field, known))
+      raise wording.UsageError(configs.unknown(field, known))
   # A bare number of latents is a count, not the one latent of that number.
   overrides = [
     re.sub(r'^--?config\.explain\.latents=(\d+)$', _COUNT, word)
@@ -235,7 +216,7 @@ def resolve(path: str, overrides: list[str]) -> ConfigDict:
   try:
     values(argv)
   except (flags.Error, TypeError) as error:
-    raise UsageError(str(error)) from error
+    raise wording.UsageError(str(error)) from error
   return values.config
 
 
@@ -265,7 +246,7 @@ def _flags(rest: list[str]) -> _Values:
   try:
     positional = values(['lmm-sae', *rest])[1:]
   except flags.Error as error:
-    raise UsageError(str(error)) from error
+    raise wording.UsageError(str(error)) from error
   return _Values(
     values.config,
     values.workdir,
@@ -288,7 +269,7 @@ def _split(argv: list[str]) -> tuple[list[str], list[str]]:
     else:
       value = next(words, '')
       if not value or value.startswith('--'):
-        raise UsageError(f'{word} has no value: write {word}=VALUE')
+        raise wording.UsageError(f'{word} has no value: write {word}=VALUE')
       overrides.append(f'{word}={value}')
   return overrides, rest
 
@@ -307,21 +288,23 @@ def _short(names: list[str], rest: list[str]) -> tuple[list[str], list[str]]:
     if not equals:
       value = next(words, '') if SHORT[field] else 'true'
     if not value or value.startswith('--'):
-      raise UsageError(f'{word} has no value: write {word}=VALUE')
+      raise wording.UsageError(f'{word} has no value: write {word}=VALUE')
     short.append(f'{field}={value}')
   return short, left
 
 
 def _stage(positional: list[str]) -> tuple[str, Stage]:
   if not positional:
-    raise UsageError(f'which stage? One of {", ".join(STAGES)}')
+    raise wording.UsageError(f'which stage? One of {", ".join(STAGES)}')
   name, *more = positional
   if name not in STAGES:
     near = difflib.get_close_matches(name, STAGES, n=1)
     hint = f'did you mean {near[0]}?' if near else f'one of {", ".join(STAGES)}'
-    raise UsageError(f'unknown stage {name!r}: {hint}')
+    raise wording.UsageError(f'unknown stage {name!r}: {hint}')
   if more := more[bool(STAGES[name].takes) :]:
-    raise UsageError(f'one stage at a time: what is {" ".join(more)!r}?')
+    raise wording.UsageError(
+      f'one stage at a time: what is {" ".join(more)!r}?'
+    )
   return name, STAGES[name]
 
 
@@ -330,7 +313,7 @@ def _config_file(name: str, path: str) -> str:
     return path
   base = configs.base_file()
   if STAGES[name].needs or base is None:
-    raise UsageError(f'{name}: --config=FILE is missing')
+    raise wording.UsageError(f'{name}: --config=FILE is missing')
   return str(base)
 
 
@@ -385,25 +368,3 @@ def _show(
     print(f'  --config.{field}={value!r}')
     if comments:
       print(f'      {comments.get(field, "")}')
-
-
-def _message(error: Exception) -> str:
-  """What went wrong and what to do, in one or two lines."""
-  text = str(error)
-  if isinstance(error, UsageError):
-    return f'{text}\n(lmm-sae --help shows how it is used)'
-  code = error.errno if isinstance(error, OSError) else None
-  if code in (errno.ENOSPC, errno.EDQUOT) or 'No space left' in text:
-    return (
-      f'disk full: {text}\nFree some space and run the same command: what is '
-      'committed is kept'
-    )
-  if code == errno.EADDRINUSE:
-    return f'port taken: {text}\nChoose another with --config.server.port'
-  if isinstance(error, ConnectionError):
-    return f'cannot reach a server: {text}'
-  if isinstance(error, ModuleNotFoundError) and error.name:
-    package = error.name.partition('.')[0]
-    if package in EXTRAS:
-      return f'{text}: pip install "lmm_sae[{EXTRAS[package]}]"'
-  return text or type(error).__name__

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from lmm_sae import cli
+from lmm_sae.core import wording
 from lmm_sae.sae import card, exports, hub
 from tests.sae import fake_hub, small
 
@@ -162,4 +162,4 @@ def test_an_existing_path_is_no_repository(tmp_path, monkeypatch):
 def test_a_missing_client_names_its_extra():
   error = ModuleNotFoundError("No module named 'huggingface_hub'")
   error.name = 'huggingface_hub'
-  assert 'lmm_sae[hub]' in cli._message(error)
+  assert 'lmm_sae[hub]' in wording.of(error)
