@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from absl import logging as absl_logging
 from orbax.checkpoint import v1 as ocp
 
-from lmm_sae.sae import trainer
+from lmm_sae.sae import orbax_files, trainer
 from lmm_sae.sae.model import SaeConfig
 from lmm_sae.sae.trainer import TrainState
 
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 4  # 3 had the place in the rows in another form
 STATE, DATA, PLACES = 'state', 'data', 'places_S2'  # what a checkpoint holds
-
-_TORN = '.orbax-checkpoint-tmp'
 
 
 def _heard(record: logging.LogRecord) -> bool:
@@ -76,7 +74,7 @@ class Checkpoints:
     keep_best: int = 0,
   ):
     self.path = pathlib.Path(path)
-    for torn in sorted(self.path.glob(f'*{_TORN}*')):
+    for torn in sorted(self.path.glob(f'*{orbax_files.TORN}*')):
       absl_logging.warning('%s is left out: a save that was killed', torn)
     self._checkpointer = ocp.training.Checkpointer(
       self.path,

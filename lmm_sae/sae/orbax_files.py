@@ -32,7 +32,7 @@ import tensorstore as ts
 from lmm_sae.sae import ocdbt
 from lmm_sae.sae.stored import Array, damaged, read_json
 
-TORN = '.orbax-checkpoint-tmp'
+TORN = '.orbax-checkpoint-tmp'  # in the name of a save under way, or killed
 NOTE, TREE = '_CHECKPOINT_METADATA', '_METADATA'
 SHARDING, PROCESSES, STRINGS = '_sharding', 'array_metadatas', '_strings'
 MANIFEST = ocdbt.MANIFEST
