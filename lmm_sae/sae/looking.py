@@ -23,6 +23,7 @@ from lmm_sae.core.store import ActivationStore
 from lmm_sae.sae import (
   checkpoint,
   foreign,
+  layouts,
   orbax_files,
   pickles,
   said,
@@ -287,10 +288,8 @@ def _layouts(path: pathlib.Path, below: bool = True) -> dict:
 
 def _files(folder: pathlib.Path) -> list[pathlib.Path]:
   """The tensor files of a folder with an SAE; [] where there is none."""
-  for name, settings in foreign.SETTINGS.items():
-    places = [folder / (name + end) for end in ('', tensors.INDEX)]
-    if (folder / settings).is_file() and any(x.is_file() for x in places):
-      return [folder / name]
+  if name := layouts.layout(folder):
+    return [folder / name]
   return sorted(folder.glob('*.safetensors')) * (folder / 'cfg.json').is_file()
 
 
