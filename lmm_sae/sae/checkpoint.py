@@ -209,8 +209,8 @@ def load(
       or without one its last checkpoint; sae/<layer>/<step>; a folder in any
       layout of `sae.layouts`; or a repository of the Hugging Face hub with such
       a folder, as `lmms-lab/llama3-llava-next-8b-hf-sae-131k`.
-    layer: the decoder layer, where a folder holds SAEs of several or does not
-      say which it reads.
+    layer: the decoder layer, where a folder holds SAEs of several; it is taken
+      to be this one whatever its settings say, but for a checkpoint of ours.
     mesh: of `sae.mesh.make`, to lay it on; None: in memory, as numpy.
 
   Raises:

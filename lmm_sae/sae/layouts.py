@@ -61,7 +61,8 @@ def find(path: str | os.PathLike, layer: int | None = None) -> Source:
   Args:
     path: it, or a folder with `sparsify`, `export/sparsify`, or one folder a
       hook point, such as `model.layers.24`.
-    layer: the decoder layer that it reads; None: as the folder says, else -1.
+    layer: the decoder layer that it reads, whatever the folder says; None: as
+      it says, else -1.
 
   Raises:
     ValueError: there is none, it is damaged, its settings contradict its
