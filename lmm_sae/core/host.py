@@ -1,11 +1,13 @@
-"""What a run stands on: the commit, the versions, the threads."""
+"""What a run stands on: the commit, the versions, the model, the threads."""
 
 import ctypes
 import functools
 import importlib.metadata
+import json
 import os
 import pathlib
 import subprocess
+from typing import Any
 
 import lmm_sae
 
@@ -46,6 +48,21 @@ def root() -> pathlib.Path:
 def weights() -> pathlib.Path:
   """The folder of the packaged models."""
   return pathlib.Path(lmm_sae.__file__).resolve().parent / 'scenes' / 'weights'
+
+
+def language_model(path: str) -> dict[str, Any]:
+  """Settings of the language model of a subject; {} where it is not here.
+
+  Args:
+    path: lmm.path: a packaged size, or a LLaVA-NeXT folder.
+  """
+  packaged = weights() / path
+  folder = packaged if '/' not in path and packaged.is_dir() else None
+  file = (folder or pathlib.Path(path)) / 'config.json'
+  if not file.is_file():
+    return {}
+  model = json.loads(file.read_text())
+  return model.get('text_config', model)
 
 
 def versions(packages: tuple[str, ...] = PACKAGES) -> dict[str, str]:

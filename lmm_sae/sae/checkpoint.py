@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from absl import logging as absl_logging
 from orbax.checkpoint import v1 as ocp
 
-from lmm_sae.sae import trainer
+from lmm_sae.sae import orbax_files, trainer
 from lmm_sae.sae.model import SaeConfig
 from lmm_sae.sae.trainer import TrainState
 
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 4  # 3 had the place in the rows in another form
 STATE, DATA, PLACES = 'state', 'data', 'places_S2'  # what a checkpoint holds
-
-_TORN = '.orbax-checkpoint-tmp'
 
 
 def _heard(record: logging.LogRecord) -> bool:
@@ -76,7 +74,7 @@ class Checkpoints:
     keep_best: int = 0,
   ):
     self.path = pathlib.Path(path)
-    for torn in sorted(self.path.glob(f'*{_TORN}*')):
+    for torn in sorted(self.path.glob(f'*{orbax_files.TORN}*')):
       absl_logging.warning('%s is left out: a save that was killed', torn)
     self._checkpointer = ocp.training.Checkpointer(
       self.path,
@@ -211,8 +209,8 @@ def load(
       or without one its last checkpoint; sae/<layer>/<step>; a folder in any
       layout of `sae.layouts`; or a repository of the Hugging Face hub with such
       a folder, as `lmms-lab/llama3-llava-next-8b-hf-sae-131k`.
-    layer: the decoder layer, where a folder holds SAEs of several or does not
-      say which it reads.
+    layer: the decoder layer, where a folder holds SAEs of several; it is taken
+      to be this one whatever its settings say, but for a checkpoint of ours.
     mesh: of `sae.mesh.make`, to lay it on; None: in memory, as numpy.
 
   Raises:

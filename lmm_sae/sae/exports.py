@@ -249,7 +249,8 @@ def load(
 
   Args:
     path: what `layouts.find` reads.
-    layer: the decoder layer that it reads, where the folder does not say.
+    layer: the decoder layer that it reads, whatever the folder says; None: as
+      it says.
     mesh: of `sae.mesh.make`: each device's latents are read straight onto it.
 
   Raises:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lmm_sae.core import progress
+from lmm_sae.core import evaluation, progress
 from lmm_sae.core.index import LatentIndex
 from lmm_sae.sae import said
 from lmm_sae.sae.looking import Look
@@ -168,7 +168,7 @@ def rates(path: pathlib.Path, latents: int) -> Iterator[dict[str, Any]]:
   counts, never = firing.get('latents', []), firing.get('never', 0)
   if counts and sum(counts) + never == latents:
     yield {
-      'source': 'evaluation.json',
+      'source': evaluation.FILE,
       'rows': measured.get('rows'),
       'never': never,
       'edges': [10.0**edge for edge in firing['edges']],

@@ -61,7 +61,8 @@ def find(path: str | os.PathLike, layer: int | None = None) -> Source:
   Args:
     path: it, or a folder with `sparsify`, `export/sparsify`, or one folder a
       hook point, such as `model.layers.24`.
-    layer: the decoder layer that it reads; None: as the folder says, else -1.
+    layer: the decoder layer that it reads, whatever the folder says; None: as
+      it says, else -1.
 
   Raises:
     ValueError: there is none, it is damaged, its settings contradict its
@@ -88,7 +89,7 @@ def locate(path: pathlib.Path, layer: int | None) -> tuple[pathlib.Path, str]:
   if path.name in SETTINGS and path.is_file():
     return path.parent, path.name
   for folder in (path, path / 'sparsify', path / 'export' / 'sparsify'):
-    if name := _layout(folder):
+    if name := layout(folder):
       return folder, name
   inside = hooks(path)
   meant = {
@@ -115,11 +116,11 @@ def hooks(path: pathlib.Path) -> dict[pathlib.Path, str]:
   return {
     folder: name
     for folder in sorted(path.iterdir())
-    if folder.is_dir() and (name := _layout(folder))
+    if folder.is_dir() and (name := layout(folder))
   }
 
 
-def _layout(folder: pathlib.Path) -> str:
+def layout(folder: pathlib.Path) -> str:
   """The tensor file of a folder that holds an SAE; '' for another."""
   for name, settings in SETTINGS.items():
     places = (folder / name, folder / (name + tensors.INDEX))

@@ -23,6 +23,7 @@ from lmm_sae.core.store import ActivationStore
 from lmm_sae.sae import (
   checkpoint,
   foreign,
+  layouts,
   orbax_files,
   pickles,
   said,
@@ -41,8 +42,9 @@ format_version  of this object; keys are added without a new one
 kind            checkpoint, export, store, workdir
 path, bytes     of what is described, on disk
 writer          lmm_sae or other; `format`: the version of our format, or null
-step, fvu       null where nothing says
+step, fvu       null where nothing says; `steps`: of the checkpoints beside it
 settings        of the run (checkpoint), cfg.json (export), meta.json (store)
+layout          of an export's tensors; `layouts`: {layout: bytes} of all here
 sae             {layer, width, latents, k, activation, dead_after}, where said
 metadata        whatever else other programs wrote as JSON, by item
 position        where the rows go on: {pool, row} for each share of the data
@@ -51,6 +53,9 @@ arrays          {name, item, shape, dtype, bytes, stored_bytes, chunks,
                 sharding}; sharding is {mesh: {axis: devices}, spec: [axis,
                 axes or null a dimension]}, {device}, {type}, or null
 scalars         {name: value} of arrays without axes; values: of other leaves
+groups, ...     of a store: groups, those committed, samples, rejects, rows,
+                kinds {name: rows}
+parts, ...      of a workdir: see `stages.inspect.of_workdir`
 warnings        what is odd, and yet no damage
 stats, against  see `figures.of`, `differences.between`"""
 
@@ -287,10 +292,8 @@ def _layouts(path: pathlib.Path, below: bool = True) -> dict:
 
 def _files(folder: pathlib.Path) -> list[pathlib.Path]:
   """The tensor files of a folder with an SAE; [] where there is none."""
-  for name, settings in foreign.SETTINGS.items():
-    places = [folder / (name + end) for end in ('', tensors.INDEX)]
-    if (folder / settings).is_file() and any(x.is_file() for x in places):
-      return [folder / name]
+  if name := layouts.layout(folder):
+    return [folder / name]
   return sorted(folder.glob('*.safetensors')) * (folder / 'cfg.json').is_file()
 
 

@@ -32,7 +32,7 @@ import tensorstore as ts
 from lmm_sae.sae import ocdbt
 from lmm_sae.sae.stored import Array, damaged, read_json
 
-TORN = '.orbax-checkpoint-tmp'
+TORN = '.orbax-checkpoint-tmp'  # in the name of a save under way, or killed
 NOTE, TREE = '_CHECKPOINT_METADATA', '_METADATA'
 SHARDING, PROCESSES, STRINGS = '_sharding', 'array_metadatas', '_strings'
 MANIFEST = ocdbt.MANIFEST
@@ -139,6 +139,8 @@ def _items(path, handlers) -> dict[str, pathlib.Path]:
     folder.name: folder for folder in sorted(path.iterdir()) if folder.is_dir()
   }
   for name, handler in (handlers or {}).items():
+    if not isinstance(handler, str):
+      raise damaged(path, f'{NOTE} names no handler of {name}')
     if name not in items:
       raise damaged(path, f'its item {name} is missing')
     trees = re.search('pytree|standard', handler, re.IGNORECASE)
@@ -238,7 +240,7 @@ def _array(folder, item, name, stored, sharded, full) -> Array:
     dtype = np.dtype(dtype).name
     if not all(type(side) is int and side >= 0 for side in (*shape, *chunks)):
       raise ValueError(f'shape {shape} in chunks of {chunks}')
-  except (ValueError, KeyError, TypeError) as error:
+  except (ValueError, KeyError, TypeError, RecursionError) as error:
     raise damaged(folder, f'{name} has no zarr metadata ({error})') from error
   if full:
     parts = zip(shape, chunks, strict=True)
@@ -317,7 +319,13 @@ def _shardings(file: pathlib.Path) -> dict[str, dict[str, Any]]:
       base64.b64decode(name).decode(): sharding(json.loads(text))
       for name, text in read_json(file).items()
     }
-  except (ValueError, KeyError, TypeError, AttributeError) as error:
+  except (
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    RecursionError,
+  ) as error:
     raise damaged(file.parent, f'{SHARDING}: {error}') from error
 
 

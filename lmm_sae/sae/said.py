@@ -3,6 +3,7 @@
 import pathlib
 from typing import Any
 
+from lmm_sae.core import evaluation
 from lmm_sae.sae import stored
 
 # What ours, sparsify, SAELens and dictionary_learning call a setting.
@@ -39,9 +40,9 @@ def around(path: pathlib.Path) -> tuple[pathlib.Path | None, str]:
 def measured(path: pathlib.Path) -> dict[str, Any]:
   """What the evaluation of its workdir says of an SAE over all rows; or {}."""
   root, layer = around(path)
-  if root is None or not (root / 'evaluation.json').is_file():
+  if root is None or not (root / evaluation.FILE).is_file():
     return {}
-  value = stored.read_json(root / 'evaluation.json')
+  value = stored.read_json(root / evaluation.FILE)
   for key in (layer, 'all'):
     value = value.get(key) if isinstance(value, dict) else None
   return value if isinstance(value, dict) else {}

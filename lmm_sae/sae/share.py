@@ -1,6 +1,5 @@
 """A run's latents, made ready for those who look at them elsewhere."""
 
-import json
 import pathlib
 
 from lmm_sae.core import host, records
@@ -43,14 +42,14 @@ def neuronpedia(
   store = ActivationStore.open(workdir.acts(split))
   kinds = [group['kinds'] for group in store.manifest]
   bos = Kind.BOS.name.lower()
-  layers, neurons = _sizes(model)
+  subject = host.language_model(model)
   source = format_.Source(
     model=format_.slug(store.meta.model),
     layer=layer,
     name=name,
     split=split,
-    layers=layers,
-    neurons=neurons,
+    layers=subject.get('num_hidden_layers', 0),
+    neurons=subject.get('intermediate_size', 0),
     width=sae.config.width,
     prompts=sum(group['samples'] for group in store.manifest),
     rows=sum(sum(group.values()) - group.get(bos, 0) for group in kinds),
@@ -62,16 +61,3 @@ def neuronpedia(
     lambda start, stop: sae.read('w_dec_MD', start, stop),
     records.read(Explanation, workdir.file('explanations.jsonl')),
   )
-
-
-def _sizes(model: str) -> tuple[int, int]:
-  """(layers, MLP width) of the subject; zeros where its folder is not here."""
-  for folder in (host.weights() / model, pathlib.Path(model)):
-    file = folder / 'config.json'
-    if file.is_file():
-      config = json.loads(file.read_text()).get('text_config', {})
-      return (
-        config.get('num_hidden_layers', 0),
-        config.get('intermediate_size', 0),
-      )
-  return 0, 0

@@ -133,10 +133,12 @@ def read_json(file: pathlib.Path) -> Any:
   """What a JSON file says.
 
   Raises:
-    ValueError: it is not JSON; OSError: it cannot be read.
+    ValueError: it is not JSON that can be read; OSError: it cannot be had.
   """
   try:
     return json.loads(file.read_bytes())
+  except RecursionError as error:
+    raise ValueError(f'{file} is damaged: it is nested too deeply') from error
   except ValueError as error:
     raise ValueError(f'{file} is damaged: it is not JSON ({error})') from error
 

@@ -21,12 +21,12 @@ the explanations, for a Neuronpedia to import (`core.neuronpedia`).
 """
 
 import dataclasses
-import json
 from typing import Any
 
 from absl import logging
 from ml_collections import ConfigDict
 
+from lmm_sae.core import evaluation
 from lmm_sae.core.store import ActivationStore
 from lmm_sae.core.workdir import Workdir
 from lmm_sae.sae import checkpoint, exports, hub, layouts, share
@@ -163,10 +163,14 @@ def write(layer: int, workdir: Workdir) -> None:
 
 
 def figures(layer: int, workdir: Workdir) -> dict[str, Any] | None:
-  """What `evaluate` found of a layer; None before it ran on what is there."""
-  file = workdir.file('evaluation.json')
+  """What `evaluate` found of a layer; None before it ran on what is there.
+
+  Raises:
+    ValueError: its format is not known.
+  """
+  file = workdir.file(evaluation.FILE)
   at = max(checkpoint.steps(workdir.sae(layer)))
   made = (workdir.sae(layer) / str(at)).stat().st_mtime
   if not file.exists() or file.stat().st_mtime < made:
     return None
-  return json.loads(file.read_text()).get(str(layer))
+  return evaluation.read(workdir).get(str(layer))

@@ -86,7 +86,8 @@ class PlanConfig:
     return cls(
       samples=samples,
       tokens=plan.tokens or config.capture.max_tokens,
-      width=plan.width or model_width(config.lmm.path),
+      width=plan.width
+      or host.language_model(config.lmm.path).get('hidden_size', 0),
       layers=len(config.lmm.layers),
       latents=config.sae.latents,
       k=config.sae.k,
@@ -354,14 +355,3 @@ def size(count: float) -> str:
       return f'{count:.3g} {unit}'
     count /= 1024
   return f'{count:.3g} TiB'
-
-
-def model_width(path: str) -> int:
-  """D of a LLaVA-NeXT folder, from its config.json; 0 where it has none."""
-  packaged = host.weights() / path
-  folder = packaged if '/' not in path and packaged.is_dir() else None
-  file = (folder or pathlib.Path(path)) / 'config.json'
-  if not file.is_file():
-    return 0
-  model = json.loads(file.read_text())
-  return model.get('text_config', model).get('hidden_size', 0)

@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from lmm_sae.core import wording
-from lmm_sae.sae import card, exports, hub
+from lmm_sae.sae import exports, hub
 from tests.sae import fake_hub, small
 
 ASK = """
@@ -38,7 +38,6 @@ def export(tmp_path):
   """An export with its card, and its SAE."""
   sae = small.random_sae()
   exports.write(sae, tmp_path / 'export')
-  (tmp_path / 'export' / 'README.md').write_text(card.text(sae))
   return tmp_path / 'export', sae
 
 

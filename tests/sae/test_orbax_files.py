@@ -210,6 +210,21 @@ def test_data_that_is_cut_is_said_without_a_read(tmp_path):
     orbax_files.read(tmp_path / 'saved')
 
 
+@pytest.mark.parametrize(
+  ('note', 'said'),
+  [
+    ('[' * 100_000, 'nested too deeply'),
+    ('{"item_handlers": {"state": null}}', 'names no handler of state'),
+    ('{"item_handlers": {"state": {}}}', 'names no handler of state'),
+  ],
+)
+def test_a_note_that_is_none_is_damage(tmp_path, note, said):
+  (tmp_path / 'state').mkdir()
+  (tmp_path / orbax_files.NOTE).write_text(note)
+  with pytest.raises(ValueError, match=said):
+    orbax_files.read(tmp_path)
+
+
 def test_a_killed_save_is_no_checkpoint(tmp_path):
   path, _ = standard(tmp_path / 'saved')
   torn = path.rename(tmp_path / 'saved.orbax-checkpoint-tmp')

@@ -10,6 +10,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from lmm_sae import cli
+from lmm_sae.core import evaluation
 from lmm_sae.core.workdir import Workdir
 from lmm_sae.sae import checkpoint, exports, probe, tensors, trainer
 from lmm_sae.sae.checkpoint import Checkpoints, Note
@@ -48,6 +49,31 @@ def test_the_last_checkpoint_is_exported(workdir, config):
   assert sae.config == CONFIG
   cfg = json.loads((workdir.export(LAYER) / 'sparsify/cfg.json').read_text())
   assert cfg['step'] == 5
+
+
+def test_the_card_has_the_figures_of_an_evaluation_that_is_newer(
+  workdir, config
+):
+  file = workdir.file(evaluation.FILE)
+  found = {
+    'format_version': evaluation.FORMAT_VERSION,
+    str(LAYER): {'all': {'rows': 9, 'fvu': 0.123}},
+  }
+  file.write_text(json.dumps(found))
+  convert.run(small.run_config(config), workdir)
+  card = workdir.export(LAYER) / 'README.md'
+  assert '0.123' in card.read_text()
+  os.utime(file, (0, 0))  # older than the checkpoint
+  convert.run(small.run_config(config), workdir)
+  assert '0.123' not in card.read_text()
+
+
+def test_an_evaluation_of_an_unknown_format_is_refused(workdir, config):
+  file = workdir.file(evaluation.FILE)
+  file.write_text(json.dumps({'format_version': 9}))
+  with pytest.raises(ValueError, match='format_version 9; this program reads'):
+    convert.run(small.run_config(config), workdir)
+  assert not workdir.export(LAYER).exists()
 
 
 def test_a_foreign_sae_becomes_the_export_of_its_layer(

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from experiments import llava_next_8b
+from lmm_sae.core import host
 from lmm_sae.core.workdir import Workdir
 from lmm_sae.kernels import cost
 from lmm_sae.sae import meshes
@@ -65,6 +66,16 @@ def test_the_width_is_read_off_a_model_folder(tmp_path, config):
   (tmp_path / 'config.json').write_text(json.dumps(model))
   config.lmm.path = str(tmp_path)
   assert plan.PlanConfig.of(config).width == 24
+  config.lmm.path = 'small'
+  assert plan.PlanConfig.of(config).width == 192
+
+
+def test_no_path_is_no_model_whatever_lies_here(tmp_path, monkeypatch):
+  model = {'text_config': {'hidden_size': 24}}
+  (tmp_path / 'config.json').write_text(json.dumps(model))
+  monkeypatch.chdir(tmp_path)
+  assert host.language_model('') == {}
+  assert host.language_model(str(tmp_path)) == {'hidden_size': 24}
 
 
 def test_an_unknown_width_names_the_field_to_give(config):
