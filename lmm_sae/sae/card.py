@@ -7,6 +7,7 @@ The pieces of Python in it are run, each by the library it is for, in
 """
 
 import json
+import pathlib
 import re
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -197,7 +198,8 @@ def _head(model: str) -> str:
     '- sparsify',
   ]
   # The hub refuses a base model that is not a repository of its own.
-  if re.fullmatch(r'[\w.-]+/[\w.-]+', model):
+  local = pathlib.Path(model).exists()
+  if re.fullmatch(r'[\w.-]+/[\w.-]+', model) and not local:
     lines.append(f'base_model: {model}')
   return '\n'.join([*lines, '---'])
 

@@ -21,6 +21,7 @@ the explanations, for a Neuronpedia to import (`core.neuronpedia`).
 """
 
 import dataclasses
+import pathlib
 from typing import Any
 
 from absl import logging
@@ -129,7 +130,10 @@ def bring(
         f'of width {width}: it is an SAE of another model'
       )
   exports.check(sae)
-  exports.write(sae, workdir.export(layer), origin=opts.source)
+  # A card may be published: it names a folder, not where that is.
+  repo = hub.is_repo(opts.source)
+  origin = opts.source if repo else pathlib.Path(opts.source).resolve().name
+  exports.write(sae, workdir.export(layer), origin=origin)
   logging.info('imported %s as %s', opts.source, workdir.export(layer))
 
 

@@ -85,6 +85,9 @@ def test_a_foreign_sae_becomes_the_export_of_its_layer(
   got = exports.load(workdir.export(LAYER))
   np.testing.assert_array_equal(got.w_dec_MD, sae.w_dec_MD)
   assert got.config.layer == LAYER
+  card = (workdir.export(LAYER) / 'README.md').read_text()
+  assert f'| imported from | {source.name} |' in card
+  assert str(tmp_path) not in card  # it may be published
 
 
 def test_an_import_does_not_overwrite_a_trained_sae(workdir, config, foreign):
