@@ -70,7 +70,9 @@ STAGES = {
     'find the images and tokens that fire each latent', ('index',)
   ),
   'evaluate': Stage(
-    'say how good the SAE is, by token kind', ('evaluate', 'server')
+    'say how good the SAE is, by token kind',
+    ('evaluate', 'server'),
+    undone=True,
   ),
   'explain': Stage(
     'ask a larger LMM what the exemplars of a latent share', ('explain',)

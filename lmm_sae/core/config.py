@@ -40,6 +40,14 @@ FREE = (
   'train.max_skipped',
 )
 
+# What a command does once: config.json, given again, must not do it again.
+ONCE = {
+  'convert.source': '',
+  'convert.pickles': False,
+  'convert.upload': '',
+  'convert.to': '',
+}
+
 
 def load(path: str | pathlib.Path) -> ConfigDict:
   """The locked config of a file.
@@ -160,12 +168,19 @@ def prepare(config: ConfigDict, workdir: Workdir) -> None:
 
 
 def save(config: ConfigDict, workdir: Workdir) -> None:
-  """Writes config.json: the resolved config, the commit and the versions."""
+  """Writes config.json: the resolved config, the commit and the versions.
+
+  Secrets and what is done once (ONCE) are left out.
+  """
   values = json.loads(config.to_json_best_effort())
   for field in SECRET:
     section, _, name = field.partition('.')
     if section in values and values[section].get(name):
       values[section][name] = ''
+  for field, unset in ONCE.items():
+    section, _, name = field.partition('.')
+    if name in values.get(section, {}):
+      values[section][name] = unset
   line = {
     'format_version': FORMAT_VERSION,
     'commit': host.commit(),

@@ -62,6 +62,10 @@ class EvaluateConfig:
           f'evaluate.{name} is {getattr(self, name)!r}: give a tuple, '
           f'--config.evaluate.{name}="(\'{getattr(self, name)}\',)"'
         )
+      if not all(isinstance(item, str) for item in getattr(self, name)):
+        raise ValueError(
+          f'evaluate.{name} is {getattr(self, name)!r}: each must be text'
+        )
     if not self.kinds:
       raise ValueError('evaluate.kinds is empty: name a kind of token, or all')
     for kind in self.kinds:

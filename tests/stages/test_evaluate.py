@@ -283,6 +283,7 @@ def test_others_are_given_for_each_layer(tmp_path, config):
     ('kinds', ('verb',), "token kind 'verb' is none of"),
     ('kinds', (), 'evaluate.kinds is empty'),
     ('others', ('a', 'a'), 'names an SAE twice'),
+    ('others', (3,), r'evaluate.others is \(3,\): each must be text'),
   ],
 )
 def test_a_bad_setting_is_refused(workdir, config, field, value, match):
