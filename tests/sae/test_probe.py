@@ -123,6 +123,15 @@ def test_a_probe_with_other_tensors_is_refused(tmp_path):
     probe.verify(sae, tmp_path)
 
 
+def test_weights_that_overflow_are_not_exported(tmp_path):
+  sae = small.random_sae()
+  huge_MD = np.full_like(sae.w_dec_MD, 3e38)
+  sae = dataclasses.replace(sae, w_dec_MD=huge_MD)
+  with pytest.raises(ValueError, match='is not finite in float32'):
+    exports.write(sae, tmp_path / 'new' / 'export')
+  assert not (tmp_path / 'new').exists()
+
+
 def test_an_import_without_a_probe_says_so(tmp_path, caplog):
   folder = foreign_files.sparsify(tmp_path / 'a', small.random_sae())
   with caplog.at_level('INFO', logger='absl'):
