@@ -277,3 +277,15 @@ def test_what_decides_which_latents_fire_tells_saes_apart():
   other = dataclasses.replace(one, theta_M=one.theta_M + 1)
   assert share.firing(one) == share.firing(exports.source(one))
   assert share.firing(one) != share.firing(other)
+
+
+def test_a_damaged_explanation_is_refused(run):
+  config, workdir, _ = run
+  file = workdir.file('explanations.jsonl')
+  before = file.read_bytes()
+  file.write_bytes(before + b'{"latent": 1}\n')
+  try:
+    with pytest.raises(ValueError, match=r'explanations\.jsonl has a line'):
+      convert.run(config, workdir)
+  finally:
+    file.write_bytes(before)
