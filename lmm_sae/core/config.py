@@ -61,11 +61,23 @@ def load(path: str | pathlib.Path) -> ConfigDict:
   config = _from_json(path) if path.suffix == '.json' else _from_python(path)
   base = base_file(path)
   if base is not None and base != path:
-    known = flat(_from_python(base))
+    whole = _from_python(base)
+    known = flat(whole)
     for field in flat(config):
       if field not in known:
         raise ValueError(f'{path}: {unknown(field, known)}')
+    if path.suffix == '.json':  # of a version that had fewer fields
+      _fill(config, whole)
   return config.lock()
+
+
+def _fill(config: ConfigDict, whole: ConfigDict) -> None:
+  """Gives the fields that it lacks the values of another config."""
+  for key, value in whole.items():
+    if key not in config:
+      config[key] = value
+    elif isinstance(value, ConfigDict) and isinstance(config[key], ConfigDict):
+      _fill(config[key], value)
 
 
 def flat(config: ConfigDict, prefix: str = '') -> dict[str, Any]:
