@@ -163,10 +163,22 @@ def write(layer: int, workdir: Workdir) -> None:
 
 
 def figures(layer: int, workdir: Workdir) -> dict[str, Any] | None:
-  """What `evaluate` found of a layer; None before it ran on what is there."""
+  """What `evaluate` found of a layer; None before it ran on what is there.
+
+  Raises:
+    ValueError: evaluation.json is damaged.
+  """
   file = workdir.file('evaluation.json')
   at = max(checkpoint.steps(workdir.sae(layer)))
   made = (workdir.sae(layer) / str(at)).stat().st_mtime
   if not file.exists() or file.stat().st_mtime < made:
     return None
-  return json.loads(file.read_text()).get(str(layer))
+  try:
+    found = json.loads(file.read_text()).get(str(layer))
+    if not isinstance(found, dict | None):
+      raise TypeError(f'layer {layer} has no figures')
+  except (ValueError, TypeError, AttributeError) as error:
+    raise ValueError(
+      f'{file} is damaged ({error}): remove it, or run `lmm-sae evaluate` again'
+    ) from error
+  return found

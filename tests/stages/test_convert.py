@@ -50,6 +50,14 @@ def test_the_last_checkpoint_is_exported(workdir, config):
   assert cfg['step'] == 5
 
 
+@pytest.mark.parametrize('text', ['{', '[1]', f'{{"{LAYER}": 3}}'])
+def test_damaged_figures_are_refused(workdir, config, text):
+  workdir.file('evaluation.json').write_text(text)
+  with pytest.raises(ValueError, match=r'evaluation\.json is damaged'):
+    convert.run(small.run_config(config), workdir)
+  assert not workdir.export(LAYER).exists()
+
+
 def test_a_foreign_sae_becomes_the_export_of_its_layer(
   tmp_path, config, foreign
 ):
