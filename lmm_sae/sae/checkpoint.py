@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from absl import logging as absl_logging
 from orbax.checkpoint import v1 as ocp
 
-from lmm_sae.sae import trainer
+from lmm_sae.sae import orbax_files, trainer
 from lmm_sae.sae.model import SaeConfig
 from lmm_sae.sae.trainer import TrainState
 
@@ -105,6 +105,7 @@ class Checkpoints:
       ValueError: it is damaged, or its format is not known.
     """
     with self._whole(step):
+      orbax_files.read(self.path / str(step))  # says what is cut in one line
       found = self._checkpointer.metadata(step)
       said = dict(found.custom_metadata or {})
     if not said:
