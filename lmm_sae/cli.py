@@ -11,6 +11,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Iterator
 
@@ -70,7 +71,9 @@ STAGES = {
     'find the images and tokens that fire each latent', ('index',)
   ),
   'evaluate': Stage(
-    'say how good the SAE is, by token kind', ('evaluate', 'server')
+    'say how good the SAE is, by token kind',
+    ('evaluate', 'server'),
+    undone=True,
   ),
   'explain': Stage(
     'ask a larger LMM what the exemplars of a latent share', ('explain',)
@@ -157,10 +160,27 @@ def _run(argv: list[str]) -> int:
     print(f'{name} in {workdir.root}, with')
     _show(config, tuple(config))
     return 0
-  with _recorded(config, workdir, stage, values.record):
+  # Only of a stage without sockets: what they are told would end it, too.
+  piped = _piped() if name == 'inspect' else contextlib.nullcontext()
+  with piped, _recorded(config, workdir, stage, values.record):
     _threads(name, config)
     importlib.import_module(f'lmm_sae.stages.{name}').run(config, workdir)
   return 0
+
+
+@contextlib.contextmanager
+def _piped() -> Iterator[None]:
+  """Ends quietly where the reader is gone: `| head` is no error."""
+  here = threading.current_thread() is threading.main_thread()
+  if not hasattr(signal, 'SIGPIPE') or not here:
+    yield
+    return
+  before = signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+  try:
+    yield
+    sys.stdout.flush()
+  finally:
+    signal.signal(signal.SIGPIPE, before)
 
 
 @contextlib.contextmanager

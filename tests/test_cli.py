@@ -144,6 +144,34 @@ def test_a_run_leaves_its_config_in_the_workdir(stub, tmp_path):
   assert set(line) == {'format_version', 'commit', 'versions', 'config'}
 
 
+def test_what_is_done_once_is_not_kept_in_config_json(monkeypatch, tmp_path):
+  seen = []
+  module = types.SimpleNamespace(
+    run=lambda config, _: seen.append(config.convert.upload)
+  )
+  monkeypatch.setitem(sys.modules, 'lmm_sae.stages.convert', module)
+  argv = ['convert', f'--workdir={tmp_path}', '--config.convert.layer=1']
+  fields = ('source=a', 'upload=owner/name', 'to=neuronpedia', 'pickles=true')
+  more = [f'--config.convert.{field}' for field in fields]
+  assert cli.main([*argv, TINY, *more]) == 0
+  assert cli.main([*argv, f'--config={tmp_path}/config.json']) == 0
+  assert seen == ['owner/name', '']
+  line = json.loads((tmp_path / 'config.json').read_text())
+  kept = line['config']['convert']
+  assert (kept['source'], kept['to'], kept['pickles']) == ('', '', False)
+  assert kept['layer'] == 1
+
+
+def test_an_evaluation_that_fails_leaves_config_json(capsys, tmp_path, stub):
+  stub(lambda config, workdir: None)
+  assert cli.main(['train', TINY, f'--workdir={tmp_path}']) == 0
+  file = tmp_path / 'config.json'
+  before = file.read_bytes()
+  argv = ['evaluate', f'--config={file}', f'--workdir={tmp_path}']
+  refused(capsys, *argv, '--config.evaluate.samples=-1')
+  assert file.read_bytes() == before
+
+
 @pytest.mark.parametrize(
   ('error', 'said'),
   [

@@ -103,6 +103,18 @@ def test_a_missing_config_is_refused(tmp_path):
     configs.load(tmp_path / 'nothing.py')
 
 
+def test_a_config_json_with_fewer_fields_gets_the_defaults(run, config):
+  file = run.file('config.json')
+  line = json.loads(file.read_text())
+  del line['config']['convert']['upload'], line['config']['inspect']
+  line['config']['sae']['k'] = 7
+  file.write_text(json.dumps(line))
+  again = configs.load(file)
+  assert again.convert.upload == ''
+  assert again.inspect.to_dict() == config.inspect.to_dict()
+  assert again.sae.k == 7
+
+
 def test_config_json_runs_the_same_again(run, config):
   again = configs.load(run.file('config.json'))
   assert configs.flat(again) == configs.flat(config)

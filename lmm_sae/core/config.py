@@ -40,6 +40,14 @@ FREE = (
   'train.max_skipped',
 )
 
+# What a command does once: config.json, given again, must not do it again.
+ONCE = {
+  'convert.source': '',
+  'convert.pickles': False,
+  'convert.upload': '',
+  'convert.to': '',
+}
+
 
 def load(path: str | pathlib.Path) -> ConfigDict:
   """The locked config of a file.
@@ -53,11 +61,23 @@ def load(path: str | pathlib.Path) -> ConfigDict:
   config = _from_json(path) if path.suffix == '.json' else _from_python(path)
   base = base_file(path)
   if base is not None and base != path:
-    known = flat(_from_python(base))
+    whole = _from_python(base)
+    known = flat(whole)
     for field in flat(config):
       if field not in known:
         raise ValueError(f'{path}: {unknown(field, known)}')
+    if path.suffix == '.json':  # of a version that had fewer fields
+      _fill(config, whole)
   return config.lock()
+
+
+def _fill(config: ConfigDict, whole: ConfigDict) -> None:
+  """Gives the fields that it lacks the values of another config."""
+  for key, value in whole.items():
+    if key not in config:
+      config[key] = value
+    elif isinstance(value, ConfigDict) and isinstance(config[key], ConfigDict):
+      _fill(config[key], value)
 
 
 def flat(config: ConfigDict, prefix: str = '') -> dict[str, Any]:
@@ -160,12 +180,19 @@ def prepare(config: ConfigDict, workdir: Workdir) -> None:
 
 
 def save(config: ConfigDict, workdir: Workdir) -> None:
-  """Writes config.json: the resolved config, the commit and the versions."""
+  """Writes config.json: the resolved config, the commit and the versions.
+
+  Secrets and what is done once (ONCE) are left out.
+  """
   values = json.loads(config.to_json_best_effort())
   for field in SECRET:
     section, _, name = field.partition('.')
     if section in values and values[section].get(name):
       values[section][name] = ''
+  for field, unset in ONCE.items():
+    section, _, name = field.partition('.')
+    if name in values.get(section, {}):
+      values[section][name] = unset
   line = {
     'format_version': FORMAT_VERSION,
     'commit': host.commit(),

@@ -13,6 +13,7 @@ k, activation, kinds, loss}; `pairs` is how alike each two are
 """
 
 import json
+import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -50,12 +51,17 @@ def read(workdir: Workdir) -> dict[str, Any]:
   """The file; {} where there is none.
 
   Raises:
-    ValueError: its format is not known.
+    ValueError: its format is not known, or it is damaged.
   """
   path = workdir.file(FILE)
   if not path.exists():
     return {}
-  found = json.loads(path.read_text())
+  try:
+    found = json.loads(path.read_text())
+  except ValueError as error:
+    raise damaged(path, error) from error
+  if not isinstance(found, dict):
+    raise damaged(path, 'it is no JSON object')
   version = found.get('format_version', 1)
   if version not in (1, FORMAT_VERSION):
     raise ValueError(
@@ -63,6 +69,13 @@ def read(workdir: Workdir) -> dict[str, Any]:
       f'{FORMAT_VERSION}'
     )
   return found
+
+
+def damaged(path: pathlib.Path, why: Any) -> ValueError:
+  """The error of a file that is not what `evaluate` writes."""
+  return ValueError(
+    f'{path} is damaged ({why}): remove it, or run `lmm-sae evaluate` again'
+  )
 
 
 def losses(found: dict[str, Any], layer: int) -> dict[str, dict[str, Any]]:

@@ -272,8 +272,17 @@ def read_lines(path: str | os.PathLike) -> list[dict[str, Any]]:
 
 
 def read(kind: type[R], path: str | os.PathLike) -> list[R]:
-  """All records of a JSON-lines file, in order."""
-  return [from_json(kind, line) for line in read_lines(path)]
+  """All records of a JSON-lines file, in order.
+
+  Raises:
+    ValueError: a line is none; the message names the file.
+  """
+  try:
+    return [from_json(kind, line) for line in read_lines(path)]
+  except TypeError as error:
+    raise ValueError(
+      f'{path} has a line that is no {kind.__name__}: {error}'
+    ) from error
 
 
 class Appender:

@@ -103,6 +103,7 @@ class Checkpoints:
       ValueError: it is damaged, or its format is not known.
     """
     with self._whole(step):
+      orbax_files.read(self.path / str(step))  # says what is cut in one line
       found = self._checkpointer.metadata(step)
       said = dict(found.custom_metadata or {})
     if not said:

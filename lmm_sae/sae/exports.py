@@ -97,12 +97,16 @@ class Sae:
     """The code of each row, in numpy; any number of rows, any float dtype.
 
     Raises:
-      ValueError: the rows are not D wide, or no numbers.
+      ValueError: the rows are not D wide, no numbers, or not finite.
     """
     x_ND = _numbers(x_ND)
     if x_ND.ndim != 2 or x_ND.shape[1] != self.config.width:
       raise ValueError(
         f'rows have shape {x_ND.shape}; this SAE reads [N, {self.config.width}]'
+      )
+    if not np.isfinite(x_ND).all():
+      raise ValueError(
+        'rows hold NaN or Inf, in float32: nothing fires on them'
       )
     k = self.config.most
     parts = [
@@ -170,7 +174,8 @@ def _numbers(x: np.ndarray) -> np.ndarray:
   x = np.asarray(x)
   if not jnp.issubdtype(x.dtype, np.number) or np.iscomplexobj(x):
     raise ValueError(f'rows are of {x.dtype}; this SAE reads real numbers')
-  return x.astype(np.float32)
+  with np.errstate(over='ignore'):
+    return x.astype(np.float32)
 
 
 @functools.partial(jax.jit, static_argnames=('k', 'mesh'))

@@ -162,7 +162,10 @@ def _checked(
       f'{big.name}'
     )
   fields = foreign.bounded(plan.config, latents)
-  config = SaeConfig(width=width, latents=latents, **fields)
+  try:
+    config = SaeConfig(width=width, latents=latents, **fields)
+  except ValueError as error:
+    raise ValueError(f'{folder}: {str(error)[:200]}') from error
   folded = not plan.centred or plan.by_norm or plan.gain or plan.scale != 1.0
   whole = len(dtypes) == 1 and not folded and big.itemsize <= 4
   return Source(

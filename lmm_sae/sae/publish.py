@@ -59,7 +59,14 @@ def fill(sae: Source, part: pathlib.Path, step: int, **known: Any) -> None:
     saelens.rows('b_dec', 0, sae.b_dec_D)
   records.write_json(one / 'cfg.json', sparsify_cfg(sae, step))
   records.write_json(two / 'cfg.json', saelens_cfg(sae))
-  golden = probe.make(sae)
+  with np.errstate(over='ignore', invalid='ignore'):
+    golden = probe.make(sae)
+  finite = all(np.isfinite(array).all() for array in golden.values())
+  if sae.folder is not None and not finite:  # another program's
+    raise ValueError(
+      f'{sae.folder}: what its weights give is not finite in float32: they are '
+      'too large'
+    )
   for folder in (one, two):
     probe.write(folder, golden)
   (part / 'README.md').write_text(card.text(sae, step=step, **known))

@@ -1,6 +1,10 @@
 """A run's latents, made ready for those who look at them elsewhere."""
 
+import hashlib
 import pathlib
+import re
+
+import numpy as np
 
 from lmm_sae.core import host, records
 from lmm_sae.core import neuronpedia as format_
@@ -9,7 +13,24 @@ from lmm_sae.core.records import Explanation
 from lmm_sae.core.store import ActivationStore
 from lmm_sae.core.tokens import Kind
 from lmm_sae.core.workdir import Workdir
-from lmm_sae.sae import layouts
+from lmm_sae.sae import layouts, tensors
+
+
+def firing(sae, mark=None) -> str:
+  """A short text of what decides which latents fire; equal text, equal index.
+
+  Args:
+    sae: an `exports.Sae` or a `layouts.Source`.
+    mark: a hash that goes on with it, if there is one.
+  """
+  config = sae.config
+  mark = hashlib.blake2b(digest_size=6) if mark is None else mark
+  jumps = config.activation != 'topk'
+  for name in ('w_enc_MD', 'b_enc_M', *(['theta_M'] if jumps else [])):
+    for start, stop in tensors.pieces(config.latents, config.width):
+      mark.update(np.ascontiguousarray(sae.read(name, start, stop)).tobytes())
+  mark.update(np.ascontiguousarray(sae.b_dec_D).tobytes())
+  return mark.hexdigest()
 
 
 def neuronpedia(
@@ -26,8 +47,8 @@ def neuronpedia(
     model: lmm.path of the run.
 
   Raises:
-    ValueError: one of them is missing, the index is of another SAE's size, or
-      the name is none that Neuronpedia takes.
+    ValueError: one of them is missing, the index is of another SAE, or the name
+      is none that Neuronpedia takes.
   """
   index = LatentIndex.open(
     workdir.require(workdir.index(layer, split), 'index')
@@ -38,6 +59,12 @@ def neuronpedia(
     raise ValueError(
       f'{index.path} is of {index.num_latents} latents, {export} of '
       f'{sae.config.latents}: run `lmm-sae index` again'
+    )
+  made_of = re.match(r'sae (\w+),', index.meta.source)
+  if index.meta.k != sae.config.most or (made_of and made_of[1] != firing(sae)):
+    raise ValueError(
+      f'{index.path} is of another SAE than {export}: delete that folder, and '
+      'run `lmm-sae index` again'
     )
   store = ActivationStore.open(workdir.acts(split))
   kinds = [group['kinds'] for group in store.manifest]

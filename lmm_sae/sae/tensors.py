@@ -173,7 +173,12 @@ def find(path: pathlib.Path, root: pathlib.Path) -> dict[str, Tensor]:
     raise ValueError(f'{index} has no weight_map of names and files')
   files = {}
   for name, file in places.items():
-    if not isinstance(file, str) or file != os.path.basename(file) or not file:
+    if (
+      not isinstance(file, str)
+      or file != os.path.basename(file)
+      or file in ('', '.', '..')
+      or not file.isprintable()
+    ):
       raise ValueError(f'{index}: {name} is in {file!r}, which is no file name')
     files.setdefault(file, []).append(name)
   found = {}

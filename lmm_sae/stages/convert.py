@@ -170,11 +170,14 @@ def figures(layer: int, workdir: Workdir) -> dict[str, Any] | None:
   """What `evaluate` found of a layer; None before it ran on what is there.
 
   Raises:
-    ValueError: its format is not known.
+    ValueError: its format is not known, or it is damaged.
   """
   file = workdir.file(evaluation.FILE)
   at = max(checkpoint.steps(workdir.sae(layer)))
   made = (workdir.sae(layer) / str(at)).stat().st_mtime
   if not file.exists() or file.stat().st_mtime < made:
     return None
-  return evaluation.read(workdir).get(str(layer))
+  found = evaluation.read(workdir).get(str(layer))
+  if not isinstance(found, dict | None):
+    raise evaluation.damaged(file, f'layer {layer} has no figures')
+  return found

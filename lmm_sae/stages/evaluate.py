@@ -12,6 +12,7 @@ decoders are (`sae.matching`).
 import contextlib
 import dataclasses
 import itertools
+import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -23,7 +24,7 @@ from lmm_sae.core.recovered import Loop
 from lmm_sae.core.remote import SubjectClient
 from lmm_sae.core.store import ActivationStore
 from lmm_sae.core.workdir import Workdir
-from lmm_sae.sae import exports, matching
+from lmm_sae.sae import exports, layouts, matching
 from lmm_sae.sae.exports import Sae
 from lmm_sae.sae.metrics import Quality, Rows
 
@@ -61,6 +62,10 @@ class EvaluateConfig:
         raise ValueError(
           f'evaluate.{name} is {getattr(self, name)!r}: give a tuple, '
           f'--config.evaluate.{name}="(\'{getattr(self, name)}\',)"'
+        )
+      if not all(isinstance(item, str) for item in getattr(self, name)):
+        raise ValueError(
+          f'evaluate.{name} is {getattr(self, name)!r}: each must be text'
         )
     if not self.kinds:
       raise ValueError('evaluate.kinds is empty: name a kind of token, or all')
@@ -164,10 +169,17 @@ def _check(
   """Refuses what does not fit together, before anything lasts.
 
   Raises:
-    ValueError: an SAE cannot be read or is of another width, or the server
-      serves another one.
+    ValueError: an SAE cannot be read, is of another layer or width, or the
+      server serves another one.
   """
   configs = [named.load().config for named in saes]
+  for named in saes[1:]:
+    said = layouts.find(layouts.locate(pathlib.Path(named.name), layer)[0])
+    if said.config.layer not in (-1, layer):
+      raise ValueError(
+        f'evaluate.others {named.name!r} is of layer {said.config.layer}; here '
+        f'it would read the rows of layer {layer}'
+      )
   for named, sae in zip(saes, configs, strict=True):
     if store.meta.width != sae.width:
       raise ValueError(

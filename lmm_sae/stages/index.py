@@ -30,7 +30,7 @@ from lmm_sae.core.index import IndexMeta, read_meta
 from lmm_sae.core.records import Sample
 from lmm_sae.core.store import ActivationStore
 from lmm_sae.core.workdir import Workdir
-from lmm_sae.sae import exports
+from lmm_sae.sae import exports, share
 from lmm_sae.sae.baseview import BaseView
 
 PART_SAMPLES = 256  # samples a part, unless that makes more than MAX_PARTS
@@ -150,6 +150,8 @@ def _finished(path: pathlib.Path, meta: IndexMeta) -> bool:
   else:
     records.write_json(note, meta.source)
     return False
+  if found is not None and found.k != meta.k:
+    made_of += f', {found.k} a row instead of {meta.k}'
   if made_of != meta.source:
     raise ValueError(
       f'{path} was made of other activations, another SAE or other settings '
@@ -160,16 +162,8 @@ def _finished(path: pathlib.Path, meta: IndexMeta) -> bool:
   return found is not None
 
 
-def _hash(mark, sae: exports.Sae) -> None:
-  """Adds to the hash what decides which latents fire."""
-  for array in (sae.w_enc_MD, sae.b_enc_M, sae.b_dec_D):
-    mark.update(np.ascontiguousarray(array).tobytes())
-
-
 def _source(store: ActivationStore, opts: IndexConfig, sae: exports.Sae) -> str:
   """What an index is made of, as a short text; equal text, equal index."""
-  weights = hashlib.blake2b(digest_size=6)
-  _hash(weights, sae)
   rest = hashlib.blake2b(digest_size=6)
   meta = records.to_json(store.meta) | {
     'samples': len(store.samples()),
@@ -177,7 +171,7 @@ def _source(store: ActivationStore, opts: IndexConfig, sae: exports.Sae) -> str:
     'index': dataclasses.asdict(opts) | {'splits': (), 'rows': 0},
   }
   rest.update(json.dumps(meta, sort_keys=True).encode())
-  return f'sae {weights.hexdigest()}, store and settings {rest.hexdigest()}'
+  return f'sae {share.firing(sae)}, store and settings {rest.hexdigest()}'
 
 
 def _duplicates(store: ActivationStore, size: int) -> np.ndarray:
@@ -266,5 +260,5 @@ def _concepts_source(stores, saes) -> str:
     mark.update(json.dumps(note, sort_keys=True).encode())
   for layer, sae in saes.items():
     mark.update(f'{layer}'.encode())
-    _hash(mark, sae)
+    share.firing(sae, mark)
   return mark.hexdigest()

@@ -350,3 +350,12 @@ def test_an_sae_is_used_without_torch(tmp_path, sae, root):
   subprocess.run(
     [sys.executable, '-c', _API, tmp_path / 'export'], check=True, cwd=root
   )
+
+
+@pytest.mark.parametrize('bad', [np.nan, -np.inf, 1e300])
+def test_rows_that_are_not_finite_are_refused(bad):
+  sae = small.random_sae()
+  x_ND = np.zeros((3, sae.config.width))
+  x_ND[1, 2] = bad
+  with pytest.raises(ValueError, match='rows hold NaN or Inf'):
+    sae.encode(x_ND)

@@ -401,7 +401,8 @@ def test_weights_that_are_not_finite_are_refused(tmp_path, sae, name, bad):
     ({'signed': True}, 'sets signed'),
     ({'activation': ['topk']}, 'holds a'),
     ({'prefixes': 'abc'}, "prefixes is 'abc'"),
-    ({'prefixes': [5, 2]}, 'must ascend'),
+    ({'prefixes': [5, 2]}, '/a: .*must ascend'),
+    ({'k': 13}, r'/a: sae\.k is 13; it must be in 1\.\.12'),
   ],
 )
 def test_settings_that_contradict_the_tensors_are_refused(

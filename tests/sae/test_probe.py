@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from lmm_sae.sae import exports, probe, tensors
+from lmm_sae.sae import exports, layouts, probe, tensors
 from tests.sae import foreign_files, small
 from tests.sae.small import CONFIG, D, K, M
 
@@ -121,6 +121,16 @@ def test_a_probe_with_other_tensors_is_refused(tmp_path):
   save_file({'x': np.zeros(3)}, tmp_path / probe.NAME)
   with pytest.raises(ValueError, match=r"holds \['x'\]"):
     probe.verify(sae, tmp_path)
+
+
+def test_weights_that_overflow_are_not_imported(tmp_path):
+  sae = small.random_sae()
+  huge_MD = np.full_like(sae.w_dec_MD, 3e38)
+  sae = dataclasses.replace(sae, w_dec_MD=huge_MD)
+  found = layouts.find(foreign_files.sparsify(tmp_path / 'a', sae))
+  with pytest.raises(ValueError, match='is not finite in float32'):
+    exports.write(found, tmp_path / 'new' / 'export')
+  assert not (tmp_path / 'new').exists()
 
 
 def test_an_import_without_a_probe_says_so(tmp_path, caplog):

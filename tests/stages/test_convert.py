@@ -76,6 +76,24 @@ def test_an_evaluation_of_an_unknown_format_is_refused(workdir, config):
   assert not workdir.export(LAYER).exists()
 
 
+@pytest.mark.parametrize('text', ['{', '[1]', f'{{"{LAYER}": 3}}'])
+def test_damaged_figures_are_refused(workdir, config, text):
+  workdir.file('evaluation.json').write_text(text)
+  with pytest.raises(ValueError, match=r'evaluation\.json is damaged'):
+    convert.run(small.run_config(config), workdir)
+  assert not workdir.export(LAYER).exists()
+
+
+def test_a_checkpoint_that_was_cut_is_one_line(workdir):
+  for file in (workdir.sae(LAYER) / '5' / 'state').glob('**/d/*'):
+    os.truncate(file, 50)
+  with (
+    Checkpoints(workdir.sae(LAYER)) as checkpoints,
+    pytest.raises(ValueError, match=r'is damaged \(.{,400}move it away'),
+  ):
+    checkpoints.note(5)
+
+
 def test_a_foreign_sae_becomes_the_export_of_its_layer(
   tmp_path, config, foreign
 ):

@@ -1,5 +1,6 @@
 """A made-up run as a Neuronpedia takes it in."""
 
+import dataclasses
 import gzip
 import json
 
@@ -12,7 +13,7 @@ from lmm_sae.core.neuronpedia import Source
 from lmm_sae.core.records import Explanation
 from lmm_sae.core.store import ActivationStore
 from lmm_sae.core.tokens import Kind
-from lmm_sae.sae import exports
+from lmm_sae.sae import exports, share
 from lmm_sae.sae.model import SaeConfig
 from lmm_sae.stages import convert
 from tests.core import neuronpedia_schema as schema
@@ -251,3 +252,40 @@ def test_a_model_has_an_id_that_neuronpedia_takes(name, slug):
 def test_text_that_postgres_refuses_is_mended():
   assert neuronpedia._shown('a\0b\ud83d') == 'a b?'
   json.dumps(neuronpedia._shown('\ud83d')).encode()
+
+
+@pytest.mark.parametrize(
+  ('field', 'value'),
+  [('source', 'sae 0123456789ab, store and settings 0'), ('k', K + 1)],
+)
+def test_an_index_of_other_weights_or_k_is_refused(run, field, value):
+  config, workdir, _ = run
+  file = workdir.index(LAYER, 'b') / 'meta.json'
+  before = file.read_text()
+  file.write_text(json.dumps(json.loads(before) | {field: value}))
+  try:
+    with pytest.raises(ValueError, match='is of another SAE than'):
+      convert.run(config, workdir)
+  finally:
+    file.write_text(before)
+  convert.run(config, workdir)
+
+
+def test_what_decides_which_latents_fire_tells_saes_apart():
+  config = SaeConfig(LAYER, WIDTH, M, K, activation='jumprelu')
+  one = small.random_sae(config)
+  other = dataclasses.replace(one, theta_M=one.theta_M + 1)
+  assert share.firing(one) == share.firing(exports.source(one))
+  assert share.firing(one) != share.firing(other)
+
+
+def test_a_damaged_explanation_is_refused(run):
+  config, workdir, _ = run
+  file = workdir.file('explanations.jsonl')
+  before = file.read_bytes()
+  file.write_bytes(before + b'{"latent": 1}\n')
+  try:
+    with pytest.raises(ValueError, match=r'explanations\.jsonl has a line'):
+      convert.run(config, workdir)
+  finally:
+    file.write_bytes(before)

@@ -247,6 +247,15 @@ def test_a_missing_other_sae_is_refused_before_work(workdir, config):
     evaluate.run(config, workdir)
 
 
+def test_an_other_sae_of_another_layer_is_refused(workdir, config, tmp_path):
+  lost = small.random_sae(dataclasses.replace(CONFIG, layer=LAYER + 1))
+  exports.write(lost, tmp_path / 'lost')
+  config = small.run_config(config)
+  config.evaluate.others = (str(tmp_path / 'lost'),)
+  with pytest.raises(ValueError, match=f'is of layer {LAYER + 1}; here'):
+    evaluate.run(config, workdir)
+
+
 def test_others_are_given_for_each_layer(tmp_path, config):
   layers = (LAYER, 7)
   small.write_store(tmp_path / 'acts' / 'b', layers=layers)
@@ -283,6 +292,7 @@ def test_others_are_given_for_each_layer(tmp_path, config):
     ('kinds', ('verb',), "token kind 'verb' is none of"),
     ('kinds', (), 'evaluate.kinds is empty'),
     ('others', ('a', 'a'), 'names an SAE twice'),
+    ('others', (3,), r'evaluate.others is \(3,\): each must be text'),
   ],
 )
 def test_a_bad_setting_is_refused(workdir, config, field, value, match):

@@ -1,5 +1,6 @@
 """The index stage on the toy run, whose activations are known by hand."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ import pytest
 from lmm_sae.core import concepts, masks
 from lmm_sae.core.index import LatentIndex
 from lmm_sae.core.store import ActivationStore
+from lmm_sae.sae import exports
 from lmm_sae.stages import index as stage
 from tests import toy
 
@@ -94,6 +96,18 @@ def test_other_settings_are_refused(config, tmp_path):
   stage.run(config, workdir)
   config.index.exemplars = 4
   with pytest.raises(ValueError, match='delete that folder'):
+    stage.run(config, workdir)
+
+
+def test_an_sae_with_another_k_is_refused(config, tmp_path):
+  workdir = toy.make_workdir(tmp_path)
+  stage.run(config, workdir)
+  sae = exports.load(workdir.export(toy.LAYER))
+  fewer = dataclasses.replace(sae.config, k=sae.config.k - 1)
+  exports.write(
+    dataclasses.replace(sae, config=fewer), workdir.export(toy.LAYER)
+  )
+  with pytest.raises(ValueError, match='a row instead of'):
     stage.run(config, workdir)
 
 

@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import orbax.checkpoint as v0
@@ -210,6 +213,16 @@ def test_a_wrong_path_is_one_line(run, shown, words, said):
 def test_a_wrong_word_is_explained(capsys, words, said):
   assert cli.main(['inspect', *words]) == 2
   assert said in capsys.readouterr().err
+
+
+def test_a_reader_that_is_gone_is_no_error(run, root):
+  command = [sys.executable, '-m', 'lmm_sae', 'inspect', str(run.root)]
+  with subprocess.Popen(
+    command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+  ) as process:
+    process.stdout.close()
+    assert process.stderr.read() == b''
+  assert process.returncode == -signal.SIGPIPE
 
 
 def test_short_fields_are_for_inspect_alone(capsys):
