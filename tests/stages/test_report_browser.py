@@ -295,6 +295,7 @@ def test_the_keyboard_alone_is_enough(opened):
   page.wait("document.activeElement.id === 'q'")
   assert page.run('location.hash').startswith('#/latents')
   page.type('e')
+  page.wait("location.hash.includes('q=e')")  # the cards are drawn anew
   for _ in range(200):
     page.press('Tab')
     if page.run("Boolean(document.activeElement.closest('.card'))"):
