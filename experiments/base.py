@@ -65,7 +65,7 @@ def get_config() -> ConfigDict:
         'init': '',  # SAE folder to go on from, any layout; may hold {layer}
         'kinds': ('all',),  # token kinds trained on; BOS is never in `all`
         'normalise': True,  # train on rows of unit spread; exports are raw
-        'backend': 'auto',  # kernels: auto, native, cpu, reference
+        'backend': 'auto',  # kernels: auto, native, cpu, gpu, tpu, reference
         'devices': 1,  # that share the work of a step; 0: all
         'latent_shards': 1,  # of them, how many share the latents of an SAE
         'save_every': 250,  # steps between checkpoints

@@ -42,13 +42,7 @@ from lmm_sae.sae.trainer import TrainState
 
 _ROWS = 4096  # encoded at a time
 
-_SPECS = Params(
-  w_enc_MD=mesh_lib.LATENTS,
-  b_enc_M=mesh_lib.LATENTS,
-  w_dec_MD=mesh_lib.LATENTS,
-  b_dec_D=mesh_lib.WHOLE,
-  theta_M=mesh_lib.LATENTS,
-)
+_SPECS = trainer.specs().params
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lmm_sae.kernels import ops, sharded
+from lmm_sae.kernels import ops, reference, sharded
 
 ACTIVATIONS = ('topk', 'batchtopk', 'jumprelu')
 
@@ -241,9 +241,7 @@ def product(
 
 def normalise(params: Params) -> Params:
   """The parameters with rows of W_dec of unit norm."""
-  norm_M = jnp.linalg.norm(params.w_dec_MD, axis=-1)
-  unit_MD = params.w_dec_MD / jnp.maximum(norm_M, 1e-12)[:, None]
-  return params.replace(w_dec_MD=unit_MD)
+  return params.replace(w_dec_MD=reference.unit_rows(params.w_dec_MD))
 
 
 def fold(params: Params) -> Params:
