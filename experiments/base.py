@@ -17,12 +17,16 @@ def get_config() -> ConfigDict:
         'path': 'small',  # small, base (packaged), or a llava-hf model folder
         'layers': (2,),  # decoder layers hooked, 0-based: their OUTPUT
         'device': 'cpu',  # where the subject runs: cpu, cuda, auto (sharded)
-        'dtype': 'float32',  # of the subject: float32, bfloat16, float16
+        'dtype': 'float32',  # float32, bfloat16, float16; int8: its weights
         'threads': 0,  # CPU threads of the Torch process; 0: one a core
       },
       'data': {
         'source': 'scenes',  # scenes, llava, images, hub
-        'path': '',  # llava: JSON or JSONL; images: folder; hub: dataset name
+        'path': '',  # llava: JSON or JSONL; images: folder; hub: name or folder
+        'subset': '',  # hub: configuration of the data set; '': its only one
+        'split': 'train',  # hub: split of the data set
+        'stream': False,  # hub: read rows over the network, keep no file
+        'template': 'chat',  # chat: the model's; raw: turns alone, a line each
         'image_root': '',  # llava: folder that `image` is relative to
         'limit': 0,  # samples of the source that are used; 0: all
         'seed': 0,  # of the split into halves, and of the scenes
@@ -32,10 +36,20 @@ def get_config() -> ConfigDict:
       },
       'capture': {
         'batch': 8,  # sequences a forward
-        'group': 128,  # samples that are committed together
+        'group': 128,  # samples that are mixed, and committed together
+        'mix': True,  # mix the rows of a group; halves A and B keep their order
+        'keep': ('all', 'bos'),  # tokens stored of train: kind, or kind:share
+        'keep_halves': ('all', 'bos'),  # the same for halves A and B
+        'store': 'bfloat16',  # of the rows; int8: with a scale a row
         'max_tokens': 4096,  # a longer sample is rejected, with its reason
         'shard_rows': 32768,  # rows a zarr3 shard; a group owns whole shards
         'chunk_rows': 256,  # rows a chunk: what one read touches
+        'workers': 'local',  # who makes the groups: local, ray
+        'processes': 0,  # of them; 0: local: one a core, ray: all that fit
+        'share': '',  # i/n: this command makes groups i, i + n, ...; '': all
+        'ray_address': '',  # of a running cluster; '': RAY_ADDRESS, or one here
+        'ray_gpus': 0.0,  # that a Ray worker takes
+        'ray_cpus': 1.0,  # that a Ray worker takes
       },
       'sae': {
         'latents': 1024,  # M
@@ -79,6 +93,10 @@ def get_config() -> ConfigDict:
         'cluster': 'auto',  # auto (JAX_NUM_PROCESSES or SLURM), tpu, none
         'join_s': 300,  # within which every process of a run must be there
         'silent_s': 100,  # after which a process that is not heard is lost
+      },
+      'doctor': {
+        'checksums': True,  # read the store's shards; False: sizes alone
+        'drop': False,  # drop damaged groups, which capture makes again
       },
       'convert': {
         'source': '',  # SAE folder or hub repository to import; '': export

@@ -10,7 +10,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-extras=sae,serve,test
+extras=sae,serve,data,ray,test
 python=${PYTHON:-python3}
 stamp=.venv/lmm_sae.stamp
 

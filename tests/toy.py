@@ -102,6 +102,7 @@ def activations(things: tuple[Box, ...]) -> tuple[dict, np.ndarray]:
     'kind': np.array([int(kind) for kind in kinds]),
     'row': row,
     'col': col,
+    'image': np.zeros(len(kinds)),
     'box': np.zeros((len(kinds), 4)),
   }, acts
 

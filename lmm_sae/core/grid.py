@@ -16,6 +16,7 @@ TOKENS = {  # name: (dtype, columns; 0 is a plain vector)
   'position': ('int32', 0),
   'token': ('int32', 0),
   'kind': ('uint8', 0),
+  'image': ('int16', 0),  # which of the sample's images; -1 for text
   'row': ('int16', 0),
   'col': ('int16', 0),
   'box': ('int16', 4),

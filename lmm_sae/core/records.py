@@ -78,21 +78,34 @@ class Turn:
 
 
 @dataclasses.dataclass(frozen=True)
+class Picture:
+  """An image of a sample: its file, named as in `Sample`, and its pixels."""
+
+  file: str
+  width: int
+  height: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Sample:
-  """One captured sample: a conversation, its image, and where its rows are.
+  """One captured sample: a conversation, its images, and where its rows are.
 
   Attributes:
     sample: index within its split; the key of rows, exemplars and results.
     group: the commit group that holds it.
     source: id in the data source, for people.
-    image: path of the image, relative to acts/<split>/ or absolute; '' where
-      the sample has none or it is not kept.
+    image: path of the first image, relative to acts/<split>/ or absolute; ''
+      where the sample has none or it is not kept.
     width, height: of that image, in pixels; 0 without image.
     prompt: the text that was tokenised, chat template applied.
     turns: questions that may be asked of this image.
-    start, stop: rows of the store, in order of position.
+    start, stop: rows of the store, in order of position; both -1 where the
+      rows of a group are mixed.
     truth: where known, {'regions': path of an 8-bit PNG of region ids,
       'concepts': {region id as str: [concept, ...]}}; region '0' is background.
+    tokens: length of the whole sequence, of which some may not be stored.
+    grid: (rows, cols) of the first image's base view; (0, 0) without image.
+    more: the images after the first.
   """
 
   sample: int
@@ -106,6 +119,9 @@ class Sample:
   start: int
   stop: int
   truth: dict[str, Any] | None = None
+  tokens: int = 0
+  grid: tuple[int, int] = (0, 0)
+  more: tuple[Picture, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,6 +254,7 @@ def to_json(record: Any) -> dict[str, Any]:
 
 _NESTED = {
   (Sample, 'turns'): Turn,
+  (Sample, 'more'): Picture,
   (Explanation, 'exemplars'): Exemplar,
   (Steering, 'edits'): Edit,
   (Attribution, 'latents'): Effect,

@@ -39,6 +39,10 @@ class DataConfig:
   source: str = 'scenes'
   path: str = ''
   image_root: str = ''
+  subset: str = ''
+  split: str = 'train'
+  stream: bool = False
+  template: str = 'chat'
   limit: int = 0
   seed: int = 0
   heldout: float = 0.25
@@ -47,23 +51,29 @@ class DataConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class Loaded:
+  """An image, RGB and upright, and its file; '' where no file holds it."""
+
+  image: Image.Image
+  path: str = ''
+
+
+@dataclasses.dataclass(frozen=True)
 class Item:
   """One sample before it is captured.
 
   Attributes:
     source: id in the data, for people.
-    image: RGB, upright; None where the sample has none.
-    image_path: file that holds it; '' where no file does.
+    images: in the order in which the conversation names them.
     conversation: (role, text) turns, role user or assistant; `<image>` may
       stand in a text. (): the image alone, without chat template.
     turns: questions that may be asked of this image.
-    regions_HW: uint8 region ids of the image's pixels, 0 is background.
+    regions_HW: uint8 region ids of the only image's pixels, 0 is background.
     concepts: {region id as str: concepts that hold of it}.
   """
 
   source: str
-  image: Image.Image | None
-  image_path: str
+  images: tuple[Loaded, ...]
   conversation: tuple[tuple[str, str], ...]
   turns: tuple[Turn, ...] = ()
   regions_HW: np.ndarray | None = None
@@ -198,7 +208,8 @@ class ImageFolder:
 
   def __getitem__(self, index: int) -> Item:
     file = self._files[index]
-    return Item(self.name(index), images.load(file), str(file), ())
+    loaded = Loaded(images.load(file), str(file))
+    return Item(self.name(index), (loaded,), ())
 
   def name(self, index: int) -> str:
     return str(self._files[index].relative_to(self._root))
@@ -234,10 +245,10 @@ class HubDataset:
   def __getitem__(self, index: int) -> Item:
     row = self._rows[index]
     if self._bare:
-      image, path = _image(row.get('image'), pathlib.Path())
-      if image is None:
+      loaded = _images(row.get('image'), pathlib.Path())
+      if not loaded:
         raise ValueError('it has neither conversations nor an image')
-      return Item(str(row.get('id', index)), image, path, ())
+      return Item(str(row.get('id', index)), loaded, ())
     return item(row, str(index), pathlib.Path())
 
   def name(self, index: int) -> str:
@@ -253,17 +264,17 @@ def item(row: Any, name: str, root: pathlib.Path) -> Item:
   if not isinstance(row, Mapping):
     raise ValueError(f'a row must be an object, not {type(row).__name__}')
   conversation = _conversation(row.get('conversations'))
-  image, path = _image(row.get('image'), root)
+  loaded = _images(row.get('image'), root)
   places = sum(text.count(IMAGE) for _, text in conversation)
-  if places > (image is not None):
-    raise ValueError(f'{places} {IMAGE} for {int(image is not None)} images')
+  if places > len(loaded):
+    raise ValueError(f'{places} {IMAGE} for {len(loaded)} images')
   pairs = itertools.pairwise(conversation)
   turns = tuple(
     Turn('', asked.replace(IMAGE, '').strip(), answered.strip())
     for (asker, asked), (answerer, answered) in pairs
     if (asker, answerer) == ('user', 'assistant')
   )
-  return Item(str(row.get('id', name)), image, path, conversation, turns)
+  return Item(str(row.get('id', name)), loaded, conversation, turns)
 
 
 def _conversation(turns: Any) -> tuple[tuple[str, str], ...]:
@@ -281,20 +292,20 @@ def _conversation(turns: Any) -> tuple[tuple[str, str], ...]:
   return tuple(found)
 
 
-def _image(value: Any, root: pathlib.Path) -> tuple[Image.Image | None, str]:
-  """(image, file) of an `image` field: a path, bytes, or a list of one."""
+def _images(value: Any, root: pathlib.Path) -> tuple[Loaded, ...]:
+  """The images of an `image` field: a path, bytes, or a list of one."""
   if isinstance(value, list):
     if len(value) > 1:
       raise ValueError(f'it has {len(value)} images; one can be captured')
     value = value[0] if value else None
   if value is None or value == '':
-    return None, ''
+    return ()
   if isinstance(value, str):
-    return images.load(root / value), str(root / value)
+    return (Loaded(images.load(root / value), str(root / value)),)
   if isinstance(value, Mapping) and value.get('bytes'):
-    return images.load(io.BytesIO(value['bytes'])), ''
+    return (Loaded(images.load(io.BytesIO(value['bytes']))),)
   if isinstance(value, Mapping) and value.get('path'):
-    return images.load(value['path']), str(value['path'])
+    return (Loaded(images.load(value['path']), str(value['path'])),)
   raise ValueError(f'its image is a {type(value).__name__}, not a path')
 
 

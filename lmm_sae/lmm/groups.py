@@ -16,6 +16,7 @@ from PIL import Image
 
 from lmm_sae.core import records
 from lmm_sae.core.prefetch import prefetch
+from lmm_sae.core.records import Picture
 from lmm_sae.core.sources import Item, Split
 from lmm_sae.core.tokens import TokenMap
 from lmm_sae.lmm.llava import Subject
@@ -40,11 +41,7 @@ class _Ready:
 
   sample: records.Sample
   tokens: TokenMap
-  image: Image.Image | None
-
-  @property
-  def images(self) -> list[Image.Image]:
-    return [self.image] if self.image else []
+  images: list[Image.Image]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -125,7 +122,7 @@ class Capturer:
     return ready, rejects
 
   def _ready(self, item: Item, sample: int) -> _Ready:
-    images = [] if item.image is None else [item.image]
+    images = [each.image for each in item.images]
     if item.conversation:
       prompt = self.subject.conversation(item.conversation, len(images))
     else:
@@ -137,24 +134,30 @@ class Capturer:
         f'{len(tokens.token_T)} tokens, and at most {limit} are taken: '
         'see capture.max_tokens'
       )
-    image, truth = item.image_path, None
-    if item.image is not None and self.folder is not None:
-      image, truth = _keep(self.folder, item, sample)
-    width, height = item.image.size if item.image else (0, 0)
+    truth, pictures = (
+      None,
+      [Picture(each.path, *each.image.size) for each in item.images],
+    )
+    if self.folder is not None:
+      pictures, truth = _keep(self.folder, item, sample)
+    first = pictures[0] if pictures else Picture('', 0, 0)
     record = records.Sample(
       sample=sample,
       group=-1,
       source=item.source,
-      image=image,
-      width=width,
-      height=height,
+      image=first.file,
+      width=first.width,
+      height=first.height,
       prompt=str(prompt),
       turns=item.turns,
       start=0,
       stop=0,
       truth=truth,
+      tokens=len(tokens.token_T),
+      grid=tokens.grid,
+      more=tuple(pictures[1:]),
     )
-    return _Ready(record, tokens, item.image)
+    return _Ready(record, tokens, images)
 
   def _rows(
     self, end: _End, found: Mapping[int, Mapping[int, np.ndarray]]
@@ -176,6 +179,7 @@ class Capturer:
       'position': joined([np.arange(length) for length in lengths]),
       'token': joined([each.token_T for each in maps]),
       'kind': joined([each.kind_T for each in maps]),
+      'image': joined([each.image_T for each in maps]),
       'row': joined([each.row_T for each in maps]),
       'col': joined([each.col_T for each in maps]),
       'box': joined([np.rint(each.box_T4) for each in maps], 4),
@@ -192,15 +196,18 @@ class Capturer:
 
 def _keep(
   folder: pathlib.Path, item: Item, sample: int
-) -> tuple[str, dict[str, Any] | None]:
-  """Keeps what no file outside holds: (name of the image, truth)."""
+) -> tuple[list[Picture], dict[str, Any] | None]:
+  """Keeps what no file outside holds: (the images, truth)."""
   (folder / 'images').mkdir(parents=True, exist_ok=True)
-  name, truth = item.image_path, None
-  if not name:
-    name = f'images/{sample:06d}.png'
-    item.image.save(folder / name, compress_level=1)
+  pictures, truth = [], None
+  for number, each in enumerate(item.images):
+    name = each.path
+    if not name:
+      name = f'images/{sample:06d}{f".{number}" if number else ""}.png'
+      each.image.save(folder / name, compress_level=1)
+    pictures.append(Picture(name, *each.image.size))
   if item.regions_HW is not None:
     regions = f'images/{sample:06d}.regions.png'
     Image.fromarray(item.regions_HW).save(folder / regions, compress_level=1)
     truth = {'regions': regions, 'concepts': item.concepts}
-  return name, truth
+  return pictures, truth

@@ -3,7 +3,7 @@
 import numpy as np
 from PIL import Image
 
-from lmm_sae.core.sources import Item
+from lmm_sae.core.sources import Item, Loaded
 from lmm_sae.scenes import questions, render
 
 # first words of the seeds; batches.WEIGHTS_SEED, the models' own, is another
@@ -25,8 +25,7 @@ def sample(split: str, seed: int, number: int) -> Item:
     concepts[str(i + 1)] = list(thing.concepts)
   return Item(
     source=f'scene/{split}/{seed}/{number}',
-    image=Image.fromarray(scene.pixels_HW3),
-    image_path='',
+    images=(Loaded(Image.fromarray(scene.pixels_HW3)),),
     conversation=(('user', asked.question), ('assistant', asked.answer)),
     turns=tuple(turns),
     regions_HW=scene.regions_HW,

@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import json
 import math
 import multiprocessing
 import multiprocessing.connection
@@ -49,9 +50,20 @@ class CaptureConfig:
   max_tokens: int
   shard_rows: int
   chunk_rows: int
+  mix: bool
+  keep: tuple[str, ...]
+  keep_halves: tuple[str, ...]
+  store: str
+  workers: str
+  processes: int
+  share: str
+  ray_address: str
+  ray_gpus: float
+  ray_cpus: float
 
   def __post_init__(self):
-    for name, value in dataclasses.asdict(self).items():
+    for name in ('batch', 'group', 'max_tokens', 'shard_rows', 'chunk_rows'):
+      value = getattr(self, name)
       if value < 1:
         raise ValueError(f'capture.{name} is {value}; it must be at least 1')
 
@@ -91,11 +103,12 @@ class Job:
   @property
   def settings(self) -> dict[str, Any]:
     """The fields that decide what is stored."""
-    return {
+    fields = {
       'lmm': {'dtype': self.lmm.dtype},
       'data': dataclasses.asdict(self.data),
       'capture': dataclasses.asdict(self.capture),
     }
+    return json.loads(json.dumps(fields))
 
 
 def run(config: ConfigDict, workdir: Workdir) -> None:
@@ -103,7 +116,13 @@ def run(config: ConfigDict, workdir: Workdir) -> None:
   job = Job(
     SubjectConfig(**{**config.lmm, 'layers': tuple(config.lmm.layers)}),
     DataConfig(**config.data),
-    CaptureConfig(**config.capture),
+    CaptureConfig(
+      **{
+        **config.capture,
+        'keep': tuple(config.capture.keep),
+        'keep_halves': tuple(config.capture.keep_halves),
+      }
+    ),
     workdir,
   )
   folder = folders.resolve(job.lmm.path)

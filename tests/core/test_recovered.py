@@ -155,7 +155,7 @@ def store(tmp_path):
     kinds += own
     start = stop
   zeros = np.zeros(start, np.int32)
-  fields = dict.fromkeys(('sample', 'position', 'row', 'col'), zeros)
+  fields = dict.fromkeys(('sample', 'position', 'image', 'row', 'col'), zeros)
   fields |= {'token': np.arange(start), 'kind': np.array(kinds, np.uint8)}
   fields['box'] = np.zeros((start, 4), np.int16)
   x_ND = rng.normal(size=(start, D)).astype(ml_dtypes.bfloat16)

@@ -49,8 +49,8 @@ def test_llava_rows_become_items(tmp_path, name):
   assert len(source) == 2
   first, second = source[0], source[1]
   assert first.source == 'x7'
-  assert first.image.size == (9, 7)
-  assert first.image_path == str(tmp_path / 'pics' / '1.png')
+  assert first.images[0].image.size == (9, 7)
+  assert first.images[0].path == str(tmp_path / 'pics' / '1.png')
   assert first.conversation[0] == ('user', '<image>\nwhat is this?')
   assert [role for role, _ in first.conversation] == ['user', 'assistant'] * 2
   assert first.turns == (
@@ -58,7 +58,7 @@ def test_llava_rows_become_items(tmp_path, name):
     Turn('', 'where?', 'on the mat'),
   )
   assert second.source == '1'
-  assert (second.image, second.image_path) == (None, '')
+  assert second.images == ()
 
 
 def test_images_are_relative_to_image_root(tmp_path):
@@ -68,7 +68,7 @@ def test_images_are_relative_to_image_root(tmp_path):
   config = DataConfig(
     source='llava', path=str(path), image_root=str(tmp_path / 'far')
   )
-  assert sources.open_source(config)[0].image.size == (9, 7)
+  assert sources.open_source(config)[0].images[0].image.size == (9, 7)
 
 
 BAD = {
@@ -138,7 +138,7 @@ def test_a_folder_of_images_is_read_by_name(tmp_path):
   names = [source.name(at) for at in range(len(source))]
   assert names == ['a/z.png', 'b.JPG', 'c.png']
   assert source[0].conversation == ()
-  assert source[1].image_path == str(tmp_path / 'b.JPG')
+  assert source[1].images[0].path == str(tmp_path / 'b.JPG')
   with pytest.raises(ValueError, match='cannot be read'):
     source[2]
 
@@ -177,8 +177,8 @@ def test_hub_rows_are_read_from_bytes(hub, tmp_path):
   ]
   hub.column_names = ('id', 'image', 'conversations')
   source = sources.open_source(DataConfig('hub', 'org/name'))
-  assert source[0].image.size == (9, 7)
-  assert source[0].image_path == ''
+  assert source[0].images[0].image.size == (9, 7)
+  assert source[0].images[0].path == ''
   with pytest.raises(ValueError, match='cannot be read'):
     source[1]
 

@@ -51,6 +51,7 @@ def group(index, lengths=(7, 6), rejects=0, seed=0):
     'kind': rng.integers(0, 7, count),
     'row': rng.integers(-1, 9, count),
     'col': rng.integers(-1, 9, count),
+    'image': rng.integers(-1, 3, count),
     'box': rng.integers(0, 128, (count, 4)),
   }
   stops = np.cumsum(lengths)

@@ -123,6 +123,7 @@ def write_store(
       'kind': kind_N,
       'row': np.full(count, -1),
       'col': np.full(count, -1),
+      'image': np.zeros(count),
       'box': np.zeros((count, 4)),
     }
     parts = [

@@ -189,6 +189,7 @@ def _tokens(rng, s):
     'kind': np.array(kinds, np.uint8),
     'row': row.astype(np.int16),
     'col': col.astype(np.int16),
+    'image': np.where(row < 0, -1, 0),
     'box': np.zeros((count, 4), np.int16),
   }
 

@@ -250,6 +250,7 @@ def _store(path, half, count, known):
       **dict.fromkeys(
         ('sample', 'position', 'token', 'kind', 'row', 'col'), zeros
       ),
+      'image': np.zeros(rows, np.int16),
       'box': np.zeros((rows, 4), np.int16),
     },
     samples,
