@@ -15,10 +15,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from lmm_sae.core import tokens
+from lmm_sae.core.sources import SPLITS
 from lmm_sae.core.tokens import Kind
 
 KEEP, MIX = 1, 2  # what is drawn for a token; the two know nothing of another
-SPLITS = ('train', 'a', 'b')
 
 
 @dataclasses.dataclass(frozen=True)
