@@ -15,10 +15,10 @@ import torch
 import transformers
 
 from lmm_sae.lmm.families import FAMILIES, Family
+from lmm_sae.lmm.parts import VERSION
 from lmm_sae.lmm.prompt import Template
 
 DTYPES = ('float32', 'bfloat16', 'float16', 'int8')
-VERSION = int(transformers.__version__.partition('.')[0])
 
 # What transformers raises for folders that lack a file or hold a broken one.
 _ERRORS = (
@@ -124,7 +124,7 @@ def _pixels(folder: pathlib.Path, kind: type[Family]) -> Any:
         f'its image processor is {named}: only {", ".join(kind.processors)} '
         'are known here'
       )
-    name = named if hasattr(transformers, named) else name
+    name = named if named != 'Qwen2_5_VLImageProcessor' else name
   if hasattr(transformers, f'{name}Pil'):  # since version 5
     name = f'{name}Pil'
   return getattr(transformers, name).from_dict(dict(settings))

@@ -4,7 +4,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
+
+VERSION = int(transformers.__version__.partition('.')[0])
 
 # Where decoder layers stand: transformers 5, then 4.5x, then the oldest.
 LAYER_PATHS = (
@@ -38,7 +41,9 @@ def skip_unread(model: nn.Module) -> None:
   LLaVA reads the output of the last layer but one: a fifth of the packaged
   encoder, a twenty-fourth of CLIP-L, is work that nobody looks at.
   """
-  if 'vision_feature_layer' not in model.config:  # Qwen reads the last
+  if VERSION < 5:  # some of whose layers return tuples
+    return
+  if not hasattr(model.config, 'vision_feature_layer'):  # Qwen's reads all
     return
   _, layers = find_layers(model, VISION_PATHS)
   states = len(layers) + 1  # hidden_states: the embeddings, then each layer
