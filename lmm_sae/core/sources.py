@@ -30,11 +30,18 @@ ROLES = {
 }
 SUFFIXES = ('.bmp', '.gif', '.jpeg', '.jpg', '.png', '.tif', '.tiff', '.webp')
 SPLITS = ('train', 'a', 'b')
+SOURCES = ('scenes', 'llava', 'images', 'hub')
+TEMPLATES = ('chat', 'raw')
+PIECES = 64  # of which no block is longer than one, so that all stay mixed
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-  """The `data` section of a config: see experiments/base.py."""
+  """The `data` section of a config: see experiments/base.py.
+
+  Raises:
+    ValueError: a field has no meaning, or none with this source.
+  """
 
   source: str = 'scenes'
   path: str = ''
@@ -48,6 +55,45 @@ class DataConfig:
   heldout: float = 0.25
   train: int = 2400
   half: int = 500
+
+  def __post_init__(self):
+    for field in dataclasses.fields(self):
+      value = getattr(self, field.name)
+      wanted = (int, float) if field.type is float else field.type
+      is_flag = isinstance(value, bool) and field.type is not bool
+      if not isinstance(value, wanted) or is_flag:
+        raise ValueError(
+          f'data.{field.name} is {value!r}; it must be of type '
+          f'{field.type.__name__}'
+        )
+    for name, allowed in (('source', SOURCES), ('template', TEMPLATES)):
+      if getattr(self, name) not in allowed:
+        raise ValueError(
+          f'data.{name} {getattr(self, name)!r} is none of {", ".join(allowed)}'
+        )
+    for name, least in (('limit', 0), ('seed', 0), ('train', 1), ('half', 1)):
+      if getattr(self, name) < least:
+        raise ValueError(
+          f'data.{name} is {getattr(self, name)}; it must be at least {least}'
+        )
+    if not 0 < self.heldout < 1:
+      raise ValueError(
+        f'data.heldout is {self.heldout}; it must lie between 0 and 1'
+      )
+    if self.stream and self.source != 'hub':
+      raise ValueError(
+        f'data.stream is for data.source=hub; {self.source} is not streamed'
+      )
+    if self.subset and self.source != 'hub':
+      raise ValueError(
+        f'data.subset {self.subset!r} is for data.source=hub; {self.source} '
+        'has no subsets'
+      )
+    if self.image_root and self.source not in ('llava', 'hub'):
+      raise ValueError(
+        f'data.image_root {self.image_root!r} is for data.source=llava or hub; '
+        f'{self.source} has no paths in its rows'
+      )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +127,15 @@ class Item:
 
 
 class Source(Protocol):
-  """A sequence of items of which any may be unreadable."""
+  """A sequence of items of which any may be unreadable.
+
+  Attributes:
+    blocks: the first rows of the runs of rows that are cheap to read together,
+      ascending from 0; None: any order is as good.
+  """
+
+  @property
+  def blocks(self) -> Sequence[int] | None: ...
 
   def __len__(self) -> int: ...
 
@@ -114,26 +168,23 @@ def open_source(config: DataConfig) -> Source:
   elif config.source == 'hub':
     source = HubDataset(config.path)
   else:
-    raise ValueError(
-      f'data.source {config.source!r} is none of scenes, llava, images, hub'
-    )
+    raise ValueError(f'data.source {config.source} is read from no file')
   if not len(source):
     raise ValueError(f'data.path {config.path} holds no samples')
   return source
 
 
-def split(count: int, config: DataConfig) -> dict[str, list[int]]:
-  """Which of `count` rows are in train, a and b: seeded, and disjoint.
+def split(source: Source, config: DataConfig) -> dict[str, list[int]]:
+  """Which rows of a source are in train, a and b: seeded, and disjoint.
+
+  Rows are shuffled in whole blocks, each ascending. With `data.limit` rows come
+  from as few blocks as hold so many. A block longer than 1/64 of what is taken
+  is cut, so that few blocks mix well, too. Each row taken is in one split.
 
   Raises:
     ValueError: there are too few for a row in each.
   """
-  if not 0 < config.heldout < 1:
-    raise ValueError(
-      f'data.heldout is {config.heldout}; it must lie between 0 and 1'
-    )
-  order = np.random.default_rng(config.seed).permutation(count)
-  order = order[: config.limit or None]
+  order = _order(len(source), source.blocks, config)
   if len(order) < len(SPLITS):
     raise ValueError(
       f'{len(order)} samples: at least 3 are needed, one for each of train, a '
@@ -142,10 +193,34 @@ def split(count: int, config: DataConfig) -> dict[str, list[int]]:
   held = round(len(order) * config.heldout)
   half = min(max(1, held // 2), (len(order) - 1) // 2)
   parts = np.split(order, [len(order) - 2 * half, len(order) - half])
-  return {
-    name: [int(at) for at in part]
-    for name, part in zip(SPLITS, parts, strict=True)
-  }
+  return {name: part.tolist() for name, part in zip(SPLITS, parts, strict=True)}
+
+
+def _order(
+  count: int, blocks: Sequence[int] | None, config: DataConfig
+) -> np.ndarray:
+  """The rows that are taken, mixed; int64 [min(count, limit)]."""
+  rng = np.random.default_rng(config.seed)
+  limit = min(count, config.limit or count)
+  if blocks is None:
+    return rng.permutation(count)[:limit]
+  starts_B = np.asarray(blocks, np.int64)
+  stops_B = np.append(starts_B[1:], count)
+  taken, left = [], limit
+  for at in rng.permutation(len(starts_B)):
+    start, stop = int(starts_B[at]), int(min(stops_B[at], starts_B[at] + left))
+    taken.append((start, stop))
+    left -= stop - start
+    if not left:
+      break
+  longest = max(1, limit // PIECES)
+  pieces = [
+    np.arange(at, min(at + longest, stop))
+    for start, stop in taken
+    for at in range(start, stop, longest)
+  ]
+  mixed = [pieces[at] for at in rng.permutation(len(pieces))]
+  return np.concatenate([np.empty(0, np.int64), *mixed])
 
 
 class LlavaFile:
@@ -154,6 +229,8 @@ class LlavaFile:
   Each row is {id, conversations: [{from: human | gpt, value}], image}; image,
   relative to `image_root` (or to the file), may be missing.
   """
+
+  blocks = None
 
   def __init__(self, path: str, image_root: str = ''):
     file = pathlib.Path(path).expanduser().absolute()
@@ -192,6 +269,8 @@ class LlavaFile:
 class ImageFolder:
   """Every image below a folder, in order of name, each with a bare prompt."""
 
+  blocks = None
+
   def __init__(self, path: str):
     root = pathlib.Path(path).expanduser().absolute()
     if not path or not root.is_dir():
@@ -221,6 +300,8 @@ class HubDataset:
   A data set without a `conversations` column is taken as images with a bare
   prompt.
   """
+
+  blocks = None
 
   def __init__(self, path: str):
     try:

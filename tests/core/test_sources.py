@@ -111,7 +111,6 @@ def test_a_broken_line_is_one_reject(tmp_path):
     (DataConfig(source='llava', path='/no/where.json'), 'is no file'),
     (DataConfig(source='images', path='/no/where'), 'is no folder'),
     (DataConfig(source='images', path=''), 'is no folder'),
-    (DataConfig(source='tfds'), "'tfds' is none of scenes, llava"),
   ],
 )
 def test_a_source_that_is_not_there_is_refused(config, message):
@@ -190,36 +189,6 @@ def test_hub_data_of_images_alone_has_bare_prompts(hub, tmp_path):
   assert source[0].conversation == ()
   with pytest.raises(ValueError, match='neither'):
     source[1]
-
-
-@pytest.mark.parametrize(
-  ('count', 'limit', 'heldout', 'sizes'),
-  [
-    (40, 0, 0.25, (30, 5, 5)),
-    (40, 8, 0.5, (4, 2, 2)),
-    (3, 0, 0.01, (1, 1, 1)),
-    (5, 0, 0.99, (1, 2, 2)),
-    (40, 99, 0.1, (36, 2, 2)),
-  ],
-)
-def test_splits_are_seeded_and_disjoint(count, limit, heldout, sizes):
-  config = DataConfig(limit=limit, heldout=heldout, seed=4)
-  parts = sources.split(count, config)
-  assert tuple(len(parts[name]) for name in sources.SPLITS) == sizes
-  rows = [row for part in parts.values() for row in part]
-  assert len(set(rows)) == len(rows)
-  assert set(rows) <= set(range(count))
-  assert parts == sources.split(count, config)
-  if count == 40 and not limit:
-    other = DataConfig(limit=limit, heldout=heldout, seed=5)
-    assert parts != sources.split(count, other)
-
-
-def test_too_few_samples_are_refused():
-  with pytest.raises(ValueError, match='at least 3 are needed'):
-    sources.split(2, DataConfig())
-  with pytest.raises(ValueError, match=r'data\.heldout is 1'):
-    sources.split(9, DataConfig(heldout=1))
 
 
 @pytest.mark.parametrize('mode', ['L', 'P', 'CMYK', 'RGBA', '1', 'I;16'])
