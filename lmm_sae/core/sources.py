@@ -1,34 +1,29 @@
 """Where samples come from: LLaVA-format files, folders of images, the hub.
 
 A source is a sequence. Reading a row gives an `Item`, or raises ValueError with
-the reason: that row is rejected, and no other row moves.
+the reason: that row is rejected, and no other row moves. An OSError is no fault
+of the row, but of a disk or a network: the run stops, and can be gone on with.
+
+Every process opens its own: a source follows from its DataConfig, and its rows
+are the same in each.
 
   source = sources.open_source(DataConfig(source='llava', path='data.json'))
   item = source[7]
 """
 
 import dataclasses
-import io
-import itertools
-import json
-import pathlib
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
-from PIL import Image
 
-from lmm_sae.core import images
-from lmm_sae.core.records import Turn
+from lmm_sae.core import hub_data
+from lmm_sae.core.image_folder import ImageFolder
+from lmm_sae.core.items import IMAGE as IMAGE
+from lmm_sae.core.items import Item as Item
+from lmm_sae.core.llava_file import LlavaFile
+from lmm_sae.core.row_images import Loaded as Loaded
 
-IMAGE = '<image>'  # an image's place in a turn
-ROLES = {
-  'human': 'user',
-  'user': 'user',
-  'gpt': 'assistant',
-  'assistant': 'assistant',
-}
-SUFFIXES = ('.bmp', '.gif', '.jpeg', '.jpg', '.png', '.tif', '.tiff', '.webp')
 SPLITS = ('train', 'a', 'b')
 SOURCES = ('scenes', 'llava', 'images', 'hub')
 TEMPLATES = ('chat', 'raw')
@@ -96,36 +91,6 @@ class DataConfig:
       )
 
 
-@dataclasses.dataclass(frozen=True)
-class Loaded:
-  """An image, RGB and upright, and its file; '' where no file holds it."""
-
-  image: Image.Image
-  path: str = ''
-
-
-@dataclasses.dataclass(frozen=True)
-class Item:
-  """One sample before it is captured.
-
-  Attributes:
-    source: id in the data, for people.
-    images: in the order in which the conversation names them.
-    conversation: (role, text) turns, role user or assistant; `<image>` may
-      stand in a text. (): the image alone, without chat template.
-    turns: questions that may be asked of this image.
-    regions_HW: uint8 region ids of the only image's pixels, 0 is background.
-    concepts: {region id as str: concepts that hold of it}.
-  """
-
-  source: str
-  images: tuple[Loaded, ...]
-  conversation: tuple[tuple[str, str], ...]
-  turns: tuple[Turn, ...] = ()
-  regions_HW: np.ndarray | None = None
-  concepts: dict[str, list[str]] | None = None
-
-
 class Source(Protocol):
   """A sequence of items of which any may be unreadable.
 
@@ -140,7 +105,12 @@ class Source(Protocol):
   def __len__(self) -> int: ...
 
   def __getitem__(self, index: int) -> Item:
-    """The item; ValueError says why it cannot be had."""
+    """The item.
+
+    Raises:
+      ValueError: why this row is none.
+      OSError: it cannot be reached now.
+    """
 
   def name(self, index: int) -> str:
     """What to call that row where it cannot be read."""
@@ -166,7 +136,13 @@ def open_source(config: DataConfig) -> Source:
   elif config.source == 'images':
     source = ImageFolder(config.path)
   elif config.source == 'hub':
-    source = HubDataset(config.path)
+    source = hub_data.open_data(
+      config.path,
+      config.subset,
+      config.split,
+      config.stream,
+      config.image_root,
+    )
   else:
     raise ValueError(f'data.source {config.source} is read from no file')
   if not len(source):
@@ -221,177 +197,3 @@ def _order(
   ]
   mixed = [pieces[at] for at in rng.permutation(len(pieces))]
   return np.concatenate([np.empty(0, np.int64), *mixed])
-
-
-class LlavaFile:
-  """A JSON list, or JSON lines, in LLaVA's format.
-
-  Each row is {id, conversations: [{from: human | gpt, value}], image}; image,
-  relative to `image_root` (or to the file), may be missing.
-  """
-
-  blocks = None
-
-  def __init__(self, path: str, image_root: str = ''):
-    file = pathlib.Path(path).expanduser().absolute()
-    if not path or not file.is_file():
-      raise ValueError(
-        f'data.path {path!r} is no file: give a JSON or JSONL file in LLaVA '
-        'format'
-      )
-    root = pathlib.Path(image_root).expanduser() if image_root else file.parent
-    if not root.is_dir():
-      raise ValueError(f'data.image_root {image_root!r} is no folder')
-    self._root = root.absolute()
-    data = file.read_bytes()
-    self._rows: Sequence[Any]  # dicts, or lines still to be parsed
-    if data.lstrip()[:1] == b'[':
-      self._rows = _whole(file, data)
-    else:
-      self._rows = [line for line in data.split(b'\n') if line.strip()]
-
-  def __len__(self) -> int:
-    return len(self._rows)
-
-  def __getitem__(self, index: int) -> Item:
-    row = self._rows[index]
-    if isinstance(row, bytes):
-      try:
-        row = json.loads(row)
-      except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f'not JSON: {error}') from error
-    return item(row, str(index), self._root)
-
-  def name(self, index: int) -> str:
-    return f'row {index}'
-
-
-class ImageFolder:
-  """Every image below a folder, in order of name, each with a bare prompt."""
-
-  blocks = None
-
-  def __init__(self, path: str):
-    root = pathlib.Path(path).expanduser().absolute()
-    if not path or not root.is_dir():
-      raise ValueError(f'data.path {path!r} is no folder of images')
-    self._root = root
-    self._files = sorted(
-      file
-      for file in root.rglob('*')
-      if file.suffix.lower() in SUFFIXES and file.is_file()
-    )
-
-  def __len__(self) -> int:
-    return len(self._files)
-
-  def __getitem__(self, index: int) -> Item:
-    file = self._files[index]
-    loaded = Loaded(images.load(file), str(file))
-    return Item(self.name(index), (loaded,), ())
-
-  def name(self, index: int) -> str:
-    return str(self._files[index].relative_to(self._root))
-
-
-class HubDataset:
-  """The train split of a data set of the hub, or of a local parquet folder.
-
-  A data set without a `conversations` column is taken as images with a bare
-  prompt.
-  """
-
-  blocks = None
-
-  def __init__(self, path: str):
-    try:
-      import datasets
-    except ImportError as error:
-      raise ValueError(
-        'data.source=hub needs the package `datasets`: '
-        "pip install 'lmm_sae[data]'"
-      ) from error
-    try:
-      rows = datasets.load_dataset(path, split='train')
-    except (OSError, ValueError) as error:  # what `datasets` raises
-      raise ValueError(f'data.path {path!r} cannot be had: {error}') from error
-    self._bare = 'conversations' not in rows.column_names
-    if 'image' in rows.column_names:  # bytes: a broken one stops no other
-      rows = rows.cast_column('image', datasets.Image(decode=False))
-    self._rows = rows
-
-  def __len__(self) -> int:
-    return len(self._rows)
-
-  def __getitem__(self, index: int) -> Item:
-    row = self._rows[index]
-    if self._bare:
-      loaded = _images(row.get('image'), pathlib.Path())
-      if not loaded:
-        raise ValueError('it has neither conversations nor an image')
-      return Item(str(row.get('id', index)), loaded, ())
-    return item(row, str(index), pathlib.Path())
-
-  def name(self, index: int) -> str:
-    return f'row {index}'
-
-
-def item(row: Any, name: str, root: pathlib.Path) -> Item:
-  """The item of one row in LLaVA's format.
-
-  Raises:
-    ValueError: why it is none.
-  """
-  if not isinstance(row, Mapping):
-    raise ValueError(f'a row must be an object, not {type(row).__name__}')
-  conversation = _conversation(row.get('conversations'))
-  loaded = _images(row.get('image'), root)
-  places = sum(text.count(IMAGE) for _, text in conversation)
-  if places > len(loaded):
-    raise ValueError(f'{places} {IMAGE} for {len(loaded)} images')
-  pairs = itertools.pairwise(conversation)
-  turns = tuple(
-    Turn('', asked.replace(IMAGE, '').strip(), answered.strip())
-    for (asker, asked), (answerer, answered) in pairs
-    if (asker, answerer) == ('user', 'assistant')
-  )
-  return Item(str(row.get('id', name)), loaded, conversation, turns)
-
-
-def _conversation(turns: Any) -> tuple[tuple[str, str], ...]:
-  if not isinstance(turns, Sequence) or isinstance(turns, str) or not turns:
-    raise ValueError('it has no conversations')
-  found = []
-  for turn in turns:
-    if not isinstance(turn, Mapping) or not isinstance(turn.get('value'), str):
-      raise ValueError('a turn of its conversations has no value')
-    if turn.get('from') not in ROLES:
-      raise ValueError(
-        f'role {turn.get("from")!r} is none of {", ".join(ROLES)}'
-      )
-    found.append((ROLES[turn['from']], turn['value']))
-  return tuple(found)
-
-
-def _images(value: Any, root: pathlib.Path) -> tuple[Loaded, ...]:
-  """The images of an `image` field: a path, bytes, or a list of one."""
-  if isinstance(value, list):
-    if len(value) > 1:
-      raise ValueError(f'it has {len(value)} images; one can be captured')
-    value = value[0] if value else None
-  if value is None or value == '':
-    return ()
-  if isinstance(value, str):
-    return (Loaded(images.load(root / value), str(root / value)),)
-  if isinstance(value, Mapping) and value.get('bytes'):
-    return (Loaded(images.load(io.BytesIO(value['bytes']))),)
-  if isinstance(value, Mapping) and value.get('path'):
-    return (Loaded(images.load(value['path']), str(value['path'])),)
-  raise ValueError(f'its image is a {type(value).__name__}, not a path')
-
-
-def _whole(file: pathlib.Path, data: bytes) -> list[Any]:
-  try:
-    return json.loads(data)
-  except (json.JSONDecodeError, UnicodeDecodeError) as error:
-    raise ValueError(f'data.path {file} is not JSON: {error}') from error
