@@ -1,6 +1,7 @@
 """What a capture has made so far, and what is said of it at its end."""
 
 import collections
+import dataclasses
 import re
 from collections.abc import Sequence
 
@@ -45,8 +46,7 @@ def finish(job: Job, fingerprint: str) -> None:
   missing = {name: 'all' for name in SPLITS if name not in stores}
   for name, store in stores.items():
     if store.complete:
-      store.seal()
-      store.refresh()
+      _seal(store)
     else:
       missing[name] = store.layout.groups - len(store.committed())
   if missing:
@@ -61,6 +61,15 @@ def finish(job: Job, fingerprint: str) -> None:
     if name not in missing:
       _tell(store)
       _check_not_empty(store)
+
+
+def _seal(store: ActivationStore) -> None:
+  """Seals it, unless it is: that one may lie where nothing can be written."""
+  if not (store.path / 'groups').list():
+    return
+  layout = dataclasses.asdict(store.layout)
+  ActivationStore.create(store.path, store.meta, **layout).seal()
+  store.refresh()
 
 
 def _tell(store: ActivationStore) -> None:

@@ -22,7 +22,7 @@ def process(make):
 def results(start, count=2, tasks=tuple(TASKS), attempts=2):
   done = list(workers.run(tasks, start, count, attempts))
   assert len(done) == len({task for task, _ in done})
-  return {task: result for task, result in done}
+  return dict(done)
 
 
 def doubled(found):
