@@ -11,7 +11,6 @@ from lmm_sae.lmm import loading
 from lmm_sae.lmm.llava import Subject
 from tests.lmm import tiny_llava
 
-
 SPACE = 230
 
 
@@ -138,6 +137,17 @@ def test_settings_that_make_other_tokens_are_refused(
   copy = shutil.copytree(folders[family], tmp_path / 'copy')
   edit(copy / 'config.json', **fields)
   with pytest.raises(ValueError, match=message):
+    Subject.load(copy)
+
+
+def test_a_config_of_a_later_version_is_refused(folders, tmp_path, monkeypatch):
+  copy = shutil.copytree(folders['llava_next'], tmp_path / 'copy')
+  config = json.loads((copy / 'config.json').read_text())
+  config['text_config'] |= {'rope_parameters': {'rope_theta': 5e5}}
+  config['text_config'].pop('rope_theta', None)
+  (copy / 'config.json').write_text(json.dumps(config))
+  monkeypatch.setattr(loading, 'VERSION', 4)
+  with pytest.raises(ValueError, match='written by transformers 5'):
     Subject.load(copy)
 
 
