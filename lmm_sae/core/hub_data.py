@@ -47,7 +47,7 @@ def open_data(
   _datasets()  # brings pyarrow, too
   here = os.path.expanduser(path)
   if os.path.isfile(here):
-    return _local_file(here, subset, split, image_root)
+    return _local_file(here, subset, split, stream, image_root)
   if os.path.isdir(here):
     name, revision, root = here, None, image_root or here
   else:
@@ -77,7 +77,9 @@ def open_data(
   return HubDataset(rows, folder(root or str(datasets.config.HF_CACHE_HOME)))
 
 
-def _local_file(path: str, subset: str, split: str, image_root: str):
+def _local_file(
+  path: str, subset: str, split: str, stream: bool, image_root: str
+) -> 'ParquetFiles | HubDataset':
   if not path.endswith('.parquet'):
     raise ValueError(
       f'data.path {path} is no parquet file; a JSON file is data.source=llava'
@@ -89,6 +91,8 @@ def _local_file(path: str, subset: str, split: str, image_root: str):
   try:
     return ParquetFiles([path], root)
   except LargeGroup:
+    if stream:
+      raise
     datasets = _datasets()
     rows = _asked(
       path,

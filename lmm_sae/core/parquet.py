@@ -40,7 +40,6 @@ class ParquetFiles:
     Args:
       files: paths, or addresses hf://datasets/...
       root: folder of the images that rows name by path.
-      limit: bytes of the largest row group that is read as a whole.
 
     Raises:
       ValueError: a file is no parquet file, has other columns than the first or
@@ -64,11 +63,11 @@ class ParquetFiles:
     ]
     groups = [group for group in groups if group[2]]
     self.largest = max((size for *_, size in groups), default=0)
-    if self.largest > limit:
+    if self.largest > MAX_GROUP:
       raise LargeGroup(
         f'a row group of {self.largest} bytes is too large to be read as a '
-        f'whole (at most {limit}): set data.stream=False, or write the files '
-        'anew with smaller row groups'
+        f'whole (at most {MAX_GROUP}): set data.stream=False, or write the '
+        'files anew with smaller row groups'
       )
     self._groups = [(at, number) for at, number, *_ in groups]
     self._start_G = np.cumsum([0, *(rows for _, _, rows, _ in groups)])
