@@ -105,7 +105,9 @@ class ParquetFiles:
       except ValueError as error:
         found = ValueError(f'row group {number} of {name} is broken: {error}')
       self._held[group] = found
-      while len(self._held) > KEPT:
+      while len(self._held) > KEPT or (
+        len(self._held) > 1 and _size(self._held.values()) > MAX_GROUP
+      ):
         self._held.popitem(last=False)
     self._held.move_to_end(group)
     found = self._held[group]
@@ -186,6 +188,10 @@ def _row_group(file: str, footer, number: int, names: Sequence[str]):
   with remote_files.opened(file) as opened:
     read = pyarrow.parquet.ParquetFile(opened, metadata=footer, pre_buffer=True)
     return read.read_row_group(number, columns=list(names))
+
+
+def _size(tables) -> int:
+  return sum(t.nbytes for t in tables if not isinstance(t, ValueError))
 
 
 def _extent(group, names: Sequence[str]) -> tuple[int, int]:

@@ -23,6 +23,7 @@ class Hub:
   def __init__(self):
     self.repos: dict[str, dict[str, bytes]] = {}
     self.gated: set[str] = set()
+    self.private: set[str] = set()  # read with the token `good`
     self.failing = 0
     self.short = 0  # that many reads send fewer bytes than were asked for
     self.asked: list[str] = []
@@ -35,6 +36,7 @@ class Hub:
       'HF_ENDPOINT': self.url,
       'HF_HOME': str(home),
       'HF_HUB_OFFLINE': '0',
+      'HF_TOKEN': 'good',
       'HF_HUB_DISABLE_XET': '1',
       'HF_HUB_DISABLE_PROGRESS_BARS': '1',
       'HF_DATASETS_DISABLE_PROGRESS_BARS': '1',
@@ -86,7 +88,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     repo, rest = match['repo'], match['rest'] or 'revision/main'
     if repo in self.hub.gated:
       return self._say(403, b'{}', {'X-Error-Code': 'GatedRepo'})
-    if repo not in self.hub.repos:
+    token = self.headers.get('Authorization') == 'Bearer good'
+    hidden = repo in self.hub.private and not token
+    if hidden or repo not in self.hub.repos:
       return self._say(404, b'{}', {'X-Error-Code': 'RepoNotFound'})
     what, _, rest = rest.partition('/')
     revision, _, name = rest.partition('/')

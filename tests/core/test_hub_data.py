@@ -2,8 +2,7 @@
 
 import concurrent.futures
 import multiprocessing
-import os
-import pathlib
+import sys
 import time
 
 import pytest
@@ -41,6 +40,10 @@ def hub():
     served.repos['owner/lines'] = {
       'train.jsonl': b'{"text": "a"}\n{"text": "b"}\n'
     }
+    served.repos['owner/private'] = {
+      'train.parquet': parquet_files.data(rows[:1], 4)
+    }
+    served.private.add('owner/private')
     served.repos['owner/gated'] = {}
     served.gated.add('owner/gated')
     yield served
@@ -121,19 +124,17 @@ def test_a_network_that_fails_a_while_costs_no_row(
 def _read_while_failing(fields, url):
   """The message of the error that reading ends with."""
   source = sources.open_source(DataConfig('hub', **fields))
-  remote_files.logging.set_verbosity('fatal')
-  try:
-    source.columns.names = ('id', 'no')
-    from huggingface_hub import HfFileSystem
+  from huggingface_hub import HfFileSystem
 
-    kept = HfFileSystem.url
-    HfFileSystem.url = lambda self, path: url
-    try:
-      source[0]
-    finally:
-      HfFileSystem.url = kept
+  remote_files.logging.set_verbosity('fatal')
+  kept = HfFileSystem.url
+  HfFileSystem.url = lambda self, path: url
+  try:
+    source[0]
   except OSError as error:
     return type(error).__name__, str(error)
+  finally:
+    HfFileSystem.url = kept
   return None
 
 
@@ -145,6 +146,12 @@ def test_a_network_that_is_gone_stops_the_run(process):
   assert name == 'ConnectionError'
   assert 'cannot be read over the network' in message
   assert 'run the same command again' in message
+
+
+@pytest.mark.parametrize('stream', [False, True])
+def test_the_token_opens_what_is_private(process, stream):
+  fields = {'path': 'owner/private', 'stream': stream}
+  assert process(_read, fields)[1] == {0: ('n0', 1)}
 
 
 @pytest.mark.parametrize('stream', [False, True])
@@ -196,11 +203,7 @@ def test_what_is_not_there_is_refused(process, fields, message):
 
 
 def test_the_package_may_be_missing(monkeypatch, tmp_path):
-  monkeypatch.setitem(os.sys.modules, 'datasets', None)
+  monkeypatch.setitem(sys.modules, 'datasets', None)
   for path in ('owner/data', str(tmp_path)):
     with pytest.raises(ValueError, match=r"pip install 'lmm_sae\[data\]'"):
       sources.open_source(DataConfig('hub', path))
-
-
-def test_every_process_of_the_hub_is_told_of_its_home(home):
-  assert pathlib.Path(home).is_dir()
