@@ -12,12 +12,7 @@ from typing import Any, TypeVar
 
 from lmm_sae.core.items import Item
 from lmm_sae.core.llava_file import folder
-from lmm_sae.core.parquet import (
-  Columns,
-  LargeGroup,
-  ParquetFiles,
-  row_of,
-)
+from lmm_sae.core.parquet import Columns, LargeGroup, ParquetFiles, row_of
 from lmm_sae.core.remote_files import is_remote, patiently
 
 T = TypeVar('T')
@@ -74,7 +69,8 @@ def open_data(
     ),
   )
   # pictures that were downloaded as files lie in the cache
-  return HubDataset(rows, folder(root or str(datasets.config.HF_CACHE_HOME)))
+  cache = pathlib.Path(os.path.abspath(datasets.config.HF_CACHE_HOME))
+  return HubDataset(rows, folder(root) if root else cache)
 
 
 def _local_file(

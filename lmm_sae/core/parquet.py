@@ -8,6 +8,7 @@ import collections
 import concurrent.futures
 import json
 import pathlib
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,12 +30,7 @@ class ParquetFiles:
   are left behind.
   """
 
-  def __init__(
-    self,
-    files: Sequence[str],
-    root: pathlib.Path | None,
-    limit: int = MAX_GROUP,
-  ):
+  def __init__(self, files: Sequence[str], root: pathlib.Path | None):
     """Reads the footers.
 
     Args:
@@ -71,7 +67,7 @@ class ParquetFiles:
       )
     self._groups = [(at, number) for at, number, *_ in groups]
     self._start_G = np.cumsum([0, *(rows for _, _, rows, _ in groups)])
-    self._held = collections.OrderedDict()
+    self.__setstate__({})
 
   @property
   def blocks(self) -> list[int]:
@@ -90,30 +86,40 @@ class ParquetFiles:
     return f'row {index}'
 
   def __getstate__(self) -> dict[str, Any]:
-    return self.__dict__ | {'_held': collections.OrderedDict()}
+    own = ('_held', '_lock')
+    return {k: v for k, v in self.__dict__.items() if k not in own}
+
+  def __setstate__(self, state: dict[str, Any]) -> None:
+    self.__dict__.update(state)
+    self._held = collections.OrderedDict()
+    self._lock = threading.Lock()
 
   def _table(self, group: int):
     """The row group, read or held; ValueError: its bytes are broken."""
-    if group not in self._held:
-      file, number = self._groups[group]
-      name, footer = self._files[file], self._footers[file]
-      names = self.columns.names
-      try:
-        found = remote_files.patiently(
-          name, lambda: _row_group(name, footer, number, names)
-        )
-      except ValueError as error:
-        found = ValueError(f'row group {number} of {name} is broken: {error}')
-      self._held[group] = found
-      while len(self._held) > KEPT or (
-        len(self._held) > 1 and _size(self._held.values()) > MAX_GROUP
-      ):
-        self._held.popitem(last=False)
-    self._held.move_to_end(group)
-    found = self._held[group]
+    with self._lock:
+      if group not in self._held:
+        self._held[group] = self._read(group)
+        while len(self._held) > KEPT or (
+          len(self._held) > 1 and _size(self._held.values()) > MAX_GROUP
+        ):
+          self._held.popitem(last=False)
+      self._held.move_to_end(group)
+      found = self._held[group]
     if isinstance(found, ValueError):
       raise ValueError(str(found))
     return found
+
+  def _read(self, group: int):
+    """The row group as an Arrow table, or the ValueError that it is broken."""
+    file, number = self._groups[group]
+    name, footer = self._files[file], self._footers[file]
+    names = self.columns.names
+    try:
+      return remote_files.patiently(
+        name, lambda: _row_group(name, footer, number, names)
+      )
+    except ValueError as error:
+      return ValueError(f'row group {number} of {name} is broken: {error}')
 
 
 def row_of(table, at: int) -> dict[str, Any]:

@@ -1,10 +1,12 @@
 """Local parquet: every row in its place, and little read for it."""
 
+import concurrent.futures
 import pickle
 
 import numpy as np
 import pyarrow as pa
 import pytest
+from huggingface_hub import errors
 
 from lmm_sae.core import parquet, remote_files, sources
 from lmm_sae.core.parquet import ParquetFiles
@@ -245,3 +247,23 @@ def test_what_cannot_pass_is_not_asked_again(waits):
     remote_files.patiently('hf://a', failing(*twice))
   assert remote_files.patiently('hf://a', failing(*twice[:1])) == 'read'
   assert not waits
+
+
+def test_many_threads_may_read_a_source(folder):
+  source = opened(folder)
+  with concurrent.futures.ThreadPoolExecutor(4) as pool:
+    found = list(pool.map(lambda at: source[at].source, [*range(12)] * 9))
+  assert found == [f'n{at}' for at in range(12)] * 9
+
+
+class _Refused(errors.HfHubHTTPError, ValueError):
+  """A client's error that is a ValueError by accident."""
+
+  def __init__(self):
+    ValueError.__init__(self, 'refused')
+    self.response = None
+
+
+def test_what_a_hub_says_is_never_the_row_s_fault(waits):
+  with pytest.raises(ConnectionError, match='refused'):
+    remote_files.patiently('hf://a', failing(*[_Refused()] * 7))
