@@ -38,7 +38,27 @@ MOMENTS = {
 }
 
 
-def die_at(owner: type, method: str, words: str, left: int, after: bool):
+def kill() -> None:
+  """Ends this process on the spot."""
+  os.kill(os.getpid(), signal.SIGKILL)
+
+
+def ray_kill() -> None:
+  """Ends the Ray actor that this process is."""
+  import ray
+
+  ray.kill(ray.get_runtime_context().current_actor)
+  threading.Event().wait()
+
+
+def die_at(
+  owner: type,
+  method: str,
+  words: str,
+  left: int,
+  after: bool,
+  kill: Callable[[], None] = kill,
+):
   """Has this process killed at that call."""
   call, lock = getattr(owner, method), threading.Lock()
 
@@ -49,24 +69,36 @@ def die_at(owner: type, method: str, words: str, left: int, after: bool):
       left -= not words or words in str(self)
       dies = left == 0
     if dies and not after:
-      os.kill(os.getpid(), signal.SIGKILL)
+      kill()
     result = call(self, *args, **kwargs)
     if dies:
-      os.kill(os.getpid(), signal.SIGKILL)
+      kill()
     return result
 
   setattr(owner, method, counted)
 
 
-def die_once(marker: str, moment: str, job, task, stopped) -> int:
-  """`capture.make_group` in a process that is killed, if none was before."""
-  try:
-    pathlib.Path(marker).touch(exist_ok=False)
-  except FileExistsError:
-    pass
-  else:
-    die_at(*MOMENTS[moment])
+def die_in_turn(folder: str, moments, job, task, stopped) -> int:
+  """`capture.make_group`; of the processes that call it, the first is killed
+  at the first of the moments, the second at the second, and so on.
+
+  Args:
+    folder: where each leaves a file.
+    moments: (name, how) of each, how being `kill` or `ray_kill`.
+  """
+  if not _TURNS:
+    for number, (moment, how) in enumerate(moments):
+      try:
+        (pathlib.Path(folder) / f'{number}').touch(exist_ok=False)
+      except FileExistsError:
+        continue
+      die_at(*MOMENTS[moment], how)
+      break
+    _TURNS.append(folder)
   return capture.make_group(job, task, stopped)
+
+
+_TURNS: list[str] = []  # of this process: not empty once it had its turn
 
 
 def fork(work: Callable[[], None]) -> int:

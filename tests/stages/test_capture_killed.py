@@ -94,13 +94,16 @@ def test_a_share_says_what_others_owe(settings, tmp_path, caplog):
 def test_a_process_that_is_killed_is_replaced(
   settings, whole, tmp_path, monkeypatch
 ):
+  (tmp_path / 'died').mkdir()
   dies = functools.partial(
-    capture_killed.die_once, str(tmp_path / 'died'), 'before-commit'
+    capture_killed.die_in_turn,
+    str(tmp_path / 'died'),
+    [('before-commit', capture_killed.kill)],
   )
   monkeypatch.setattr(capture, 'make_group', dies)
   both = settings.copy_and_resolve_references()
   both.capture.processes = 2
   workdir = Workdir.of(tmp_path / 'run')
   capture.run(both, workdir)
-  assert (tmp_path / 'died').exists()
+  assert list((tmp_path / 'died').iterdir())
   assert captures.digest(workdir) == whole
