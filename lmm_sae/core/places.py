@@ -12,6 +12,8 @@ is not Amazon's.
 
 import contextlib
 import dataclasses
+import errno
+import fcntl
 import functools
 import json
 import os
@@ -26,7 +28,8 @@ SCHEMES = ('s3', 'gs')
 URL = re.compile(r'^([a-zA-Z][a-zA-Z0-9+.-]*)://(.*)$')
 RETRIES = {'max_retries': 6, 'initial_delay': '500ms', 'max_delay': '8s'}
 IN_FLIGHT = 64  # small objects that are read or deleted at a time
-NO_ROOM = (27, 28, 122)  # EFBIG, ENOSPC, EDQUOT
+LOCK = '.__lock'  # what TensorStore adds to the name of a file it writes
+NO_ROOM = (errno.EFBIG, errno.ENOSPC, errno.EDQUOT)
 REFUSED = re.compile(
   r'PERMISSION_DENIED|UNAUTHENTICATED|AccessDenied|InvalidAccessKeyId'
   r"|SignatureDoesNotMatch|ExpiredToken|credentials|http_response_code='40[13]'"
@@ -142,17 +145,31 @@ class Place:
     (found,) = read_all([self])
     return found
 
-  def write(self, data: bytes) -> None:
-    """Replaces the file in one step.
+  def write(self, data: bytes | Iterable[bytes]) -> int:
+    """Replaces the file in one step; of pieces, only a few are in memory.
+
+    A bucket takes a file as a whole, so there they all are.
+
+    Returns:
+      Its bytes.
 
     Raises:
       ValueError: it cannot be written.
     """
+    if self.local:
+      pieces = [data] if isinstance(data, bytes) else data
+      try:
+        return _write_local(self.url, pieces)
+      except OSError as error:
+        raise _unwritten(self, error) from error
+    if not isinstance(data, bytes):
+      data = b''.join(data)
     root, key = self._split()
     try:
       _open(root, _settings()).write(key, data).result()
     except ValueError as error:
       raise explained(error, self) from error
+    return len(data)
 
   def holds(self, size: int) -> bool:
     """Whether the file is there and has exactly so many bytes (1 or more).
@@ -215,6 +232,45 @@ class Place:
     return f'{scheme}://{bucket}', key
 
 
+def _write_local(path: str, pieces: Iterable[bytes]) -> int:
+  """Writes beside the file, under a lock, then puts that in its place.
+
+  The name beside it is always the same, so that what a killed process left is
+  taken up by the next; TensorStore's listings leave it out.
+  """
+  os.makedirs(os.path.dirname(path), exist_ok=True)
+  part = path + LOCK
+  while True:
+    descriptor = os.open(part, os.O_RDWR | os.O_CREAT, 0o666)
+    with open(descriptor, 'r+b', buffering=0) as file:
+      fcntl.flock(file, fcntl.LOCK_EX)
+      if not _same(file, part):  # another process has put it in place
+        continue
+      file.truncate(0)
+      size = 0
+      for piece in pieces:
+        _write_whole(file, piece)
+        size += len(piece)
+      os.fsync(file.fileno())
+      os.replace(part, path)
+      return size
+
+
+def _same(file, path: str) -> bool:
+  """Whether the open file is the one of that name."""
+  try:
+    there = os.stat(path)
+  except FileNotFoundError:
+    return False
+  return os.path.samestat(os.fstat(file.fileno()), there)
+
+
+def _write_whole(file, data: bytes) -> None:
+  view = memoryview(data)
+  while len(view):
+    view = view[file.write(view) :]
+
+
 def read_all(places: Iterable[Place]) -> list[bytes | None]:
   """Many small files, some at a time; None for one that is not there.
 
@@ -265,7 +321,11 @@ def write_json(place: Place, value: Any) -> None:
 
 
 CONTEXT = ts.Context(
-  {'s3_request_retries': RETRIES, 'gcs_request_retries': RETRIES}
+  {
+    's3_request_retries': RETRIES,
+    'gcs_request_retries': RETRIES,
+    'cache_pool': {'total_bytes_limit': 2**25},  # where a shard's chunks lie
+  }
 )
 
 
@@ -310,7 +370,6 @@ def explained(error: Exception, place: Place) -> ValueError:
   """What a failure of TensorStore means, and what to do; without its pages."""
   text = str(error)
   code = re.search(r"os_error_code='(\d+)'", text)
-  status = text.split(':', 1)[0]
   short = re.sub(r"\s*\[[a-z-]+_?[a-z_-]*='.*", '', text, flags=re.DOTALL)
   if not place.local:
     if 'NoSuchBucket' in text:
@@ -337,15 +396,22 @@ def explained(error: Exception, place: Place) -> ValueError:
         f'{place}: no server answers ({short[:200]}): check the network, and '
         f'set {what}'
       )
-  elif code and int(code[1]) in NO_ROOM:
-    return ValueError(
-      f'{place} cannot be written, {os.strerror(int(code[1])).lower()}: free '
-      'some, then run the same again'
-    )
-  elif status == 'PERMISSION_DENIED':
-    reason = os.strerror(int(code[1])) if code else 'permission denied'
-    return ValueError(
-      f'{place} cannot be read or written, {reason.lower()}: make its folder '
-      'writable, or change acts'
-    )
+  elif code:
+    return _unwritten(place, OSError(int(code[1]), os.strerror(int(code[1]))))
   return ValueError(f'{place}: {short[:300]}')
+
+
+def _unwritten(place: Place, error: OSError) -> ValueError:
+  """What a local file system's refusal means."""
+  reason = os.strerror(error.errno).lower()
+  if error.errno in NO_ROOM:
+    return ValueError(
+      f'{place} cannot be written, {reason}: make room for it, then run the '
+      'same again'
+    )
+  if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+    return ValueError(
+      f'{place}: {reason}: make its folder one that may be written, or change '
+      'acts'
+    )
+  return ValueError(f'{place}: {reason}')

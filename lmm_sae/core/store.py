@@ -21,13 +21,14 @@ once `seal` has gathered its commits.
 """
 
 import bisect
+import collections
 import dataclasses
 import functools
 import io
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -45,6 +46,7 @@ FORMAT_VERSION = 2
 DAMAGE = re.compile(
   r'DATA_LOSS|FAILED_PRECONDITION|OUT_OF_RANGE|is missing|byte range'
 )
+AHEAD = 4  # spans that are read at a time
 SHARDS = 2  # that are encoded and written at a time
 MEND = (
   'run `lmm-sae doctor --workdir=... --config.doctor.drop=True`, then capture '
@@ -245,6 +247,30 @@ class ActivationStore:
     variance = sum(each['variance'] for each in found)
     return sum(each['error'] for each in found) / variance if variance else 0.0
 
+  def span(self, sample: records.Sample) -> tuple[int, int]:
+    """(start, stop) of a sample's rows: one for each token, by position.
+
+    Raises:
+      ValueError: they are mixed, or some were not kept; the message names the
+        field of capture that decides it.
+    """
+    if self.meta.mixed:
+      raise ValueError(
+        f'the rows of {self.path} are mixed; here those of a sample must stand '
+        'in order: use another split, or set capture.mix=False and capture in '
+        'another workdir'
+      )
+    rows = sample.stop - sample.start
+    if rows < sample.tokens:
+      train = self.meta.split == 'train'
+      field = 'capture.keep' if train else 'capture.keep_halves'
+      raise ValueError(
+        f'{self.path} holds {rows} of the {sample.tokens} tokens of sample '
+        f"{sample.sample}; here all are needed: set {field}=('all', 'bos') and "
+        'capture in another workdir'
+      )
+    return sample.start, sample.stop
+
   # Reading.
 
   def read(self, layer: int, start: int, stop: int) -> np.ndarray:
@@ -254,18 +280,32 @@ class ActivationStore:
       ValueError: the layer was not captured, a row is not committed, or a shard
         is missing or damaged; the message names its file.
     """
+    (x_ND,) = self.read_many(layer, [(start, stop)])
+    return x_ND
+
+  def read_many(
+    self, layer: int, spans: Iterable[tuple[int, int]]
+  ) -> Iterator[np.ndarray]:
+    """The rows of many spans, in order, a few of them read at a time.
+
+    Raises:
+      ValueError: as in `read`.
+    """
     if layer not in self.meta.layers:
       raise ValueError(
         f'layer {layer} is not in {self.path}, which holds {self.meta.layers}: '
         'set lmm.layers and capture again'
       )
-    self._check(start, stop)
-    if self.meta.dtype == 'bfloat16':
-      return self._read([f'layer_{layer}'], start, stop)[0]
-    codes_ND, scale_N = self._read(
-      [f'layer_{layer}', f'scale_{layer}'], start, stop
-    )
-    return store_rows.from_int8(codes_ND, scale_N)
+    names = [f'layer_{layer}']
+    if self.meta.dtype == 'int8':
+      names.append(f'scale_{layer}')
+    ahead: collections.deque = collections.deque()
+    for start, stop in spans:
+      ahead.append(self._begin(names, start, stop))
+      if len(ahead) == AHEAD:
+        yield _rows(ahead.popleft())
+    while ahead:
+      yield _rows(ahead.popleft())
 
   def tokens(
     self, start: int, stop: int, names: Sequence[str] = tuple(TOKENS)
@@ -275,8 +315,7 @@ class ActivationStore:
     Raises:
       ValueError: as in `read`.
     """
-    self._check(start, stop)
-    return dict(zip(names, self._read(names, start, stop), strict=True))
+    return dict(zip(names, self._begin(names, start, stop)(), strict=True))
 
   @functools.cached_property
   def vocab(self) -> list[str]:
@@ -430,10 +469,7 @@ class ActivationStore:
 
   def _write_shard(self, name, shard, rows, kept_N):
     """({array: bytes of its file}, what int8 costs)."""
-    if name not in self._layers:
-      return {name: self._write_file(name, shard, rows)}, None
-    if self.meta.dtype == 'bfloat16':
-      rows = store_rows.bfloat16(rows)
+    if name not in self._layers or self.meta.dtype == 'bfloat16':
       return {name: self._write_file(name, shard, rows)}, None
     codes_ND, scale_N = store_rows.to_int8(rows)
     spread = store_rows.Spread.of(rows, codes_ND, scale_N, kept_N)
@@ -445,9 +481,9 @@ class ActivationStore:
 
   def _write_file(self, name: str, shard: int, rows: np.ndarray) -> int:
     dtype, columns = self.fields[name]
-    data = grid.encode(rows, dtype, columns, self.layout)
-    (self.path / grid.shard_key(name, columns, shard)).write(data)
-    return len(data)
+    encoder = grid.Encoder(dtype, columns, self.layout)
+    place = self.path / grid.shard_key(name, columns, shard)
+    return place.write(encoder.pieces(rows))
 
   def _delete_rest(self, group: int, count: int) -> None:
     """Removes what an earlier capture left past a group's rows."""
@@ -514,15 +550,23 @@ class ActivationStore:
         'range: read within `ranges`'
       )
 
-  def _read(self, names, start: int, stop: int) -> list[np.ndarray]:
+  def _begin(
+    self, names: Sequence[str], start: int, stop: int
+  ) -> Callable[[], list[np.ndarray]]:
+    """Begins to read rows of arrays, and gives what ends it."""
+    self._check(start, stop)
     futures = [self._array(name)[start:stop].read() for name in names]
-    found = []
-    for name, future in zip(names, futures, strict=True):
-      try:
-        found.append(future.result())
-      except ValueError as error:
-        raise self._damaged(name, start, stop, error) from error
-    return found
+
+    def end() -> list[np.ndarray]:
+      found = []
+      for name, future in zip(names, futures, strict=True):
+        try:
+          found.append(future.result())
+        except ValueError as error:
+          raise self._damaged(name, start, stop, error) from error
+      return found
+
+    return end
 
   def _damaged(self, name, start, stop, error) -> ValueError:
     """What is wrong with the rows of an array that could not be read."""
@@ -558,6 +602,12 @@ class ActivationStore:
     """Of what is committed, reads again when asked."""
     for name in ('manifest', 'ranges', '_samples'):
       self.__dict__.pop(name, None)
+
+
+def _rows(end: Callable[[], list[np.ndarray]]) -> np.ndarray:
+  """The rows of a layer, bfloat16 [N, D], from what ends their reading."""
+  rows_ND, *scale_N = end()
+  return store_rows.from_int8(rows_ND, *scale_N) if scale_N else rows_ND
 
 
 def _read_meta(path: Place) -> dict[str, Any] | None:
