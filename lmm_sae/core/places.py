@@ -12,8 +12,6 @@ is not Amazon's.
 
 import contextlib
 import dataclasses
-import errno
-import fcntl
 import functools
 import json
 import os
@@ -24,20 +22,14 @@ from typing import Any
 
 import tensorstore as ts
 
+from lmm_sae.core import local_files
+from lmm_sae.core.place_errors import explained, unwritten
+
 SCHEMES = ('s3', 'gs')
 URL = re.compile(r'^([a-zA-Z][a-zA-Z0-9+.-]*)://(.*)$')
 RETRIES = {'max_retries': 6, 'initial_delay': '500ms', 'max_delay': '8s'}
 IN_FLIGHT = 64  # small objects that are read or deleted at a time
-LOCK = '.__lock'  # what TensorStore adds to the name of a file it writes
-NO_ROOM = (errno.EFBIG, errno.ENOSPC, errno.EDQUOT)
-REFUSED = re.compile(
-  r'PERMISSION_DENIED|UNAUTHENTICATED|AccessDenied|InvalidAccessKeyId'
-  r"|SignatureDoesNotMatch|ExpiredToken|credentials|http_response_code='40[13]'"
-)
 PAST_END = re.compile(r"OUT_OF_RANGE|byte range|'416'")
-NO_NETWORK = re.compile(
-  r'CURL error|[Cc]ould not (?:connect|resolve)|UNAVAILABLE|DEADLINE_EXCEEDED'
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +115,7 @@ class Place:
     except ValueError as error:
       if PAST_END.search(str(error)):  # it is empty
         return True
-      raise explained(error, self) from error
+      raise explained(error, str(self)) from error
 
   def read(self) -> bytes:
     """The whole file.
@@ -159,16 +151,16 @@ class Place:
     if self.local:
       pieces = [data] if isinstance(data, bytes) else data
       try:
-        return _write_local(self.url, pieces)
+        return local_files.replace(self.url, pieces)
       except OSError as error:
-        raise _unwritten(self, error) from error
+        raise unwritten(str(self), error) from error
     if not isinstance(data, bytes):
       data = b''.join(data)
     root, key = self._split()
     try:
       _open(root, _settings()).write(key, data).result()
     except ValueError as error:
-      raise explained(error, self) from error
+      raise explained(error, str(self)) from error
     return len(data)
 
   def holds(self, size: int) -> bool:
@@ -191,7 +183,7 @@ class Place:
     except ValueError as error:
       if PAST_END.search(str(error)):
         return False
-      raise explained(error, self) from error
+      raise explained(error, str(self)) from error
     return found.state == 'value' and len(found.value) == 1
 
   def list(self) -> list[str]:
@@ -203,7 +195,7 @@ class Place:
     try:
       return sorted(key.decode() for key in self.kvstore.list().result())
     except ValueError as error:
-      raise explained(error, self) from error
+      raise explained(error, str(self)) from error
 
   def delete(self) -> None:
     """Removes the file, if it is there."""
@@ -218,7 +210,7 @@ class Place:
     try:
       self.kvstore.delete_range(ts.KvStore.KeyRange()).result()
     except ValueError as error:
-      raise explained(error, self) from error
+      raise explained(error, str(self)) from error
     if self.local and os.path.isdir(self.url):
       with contextlib.suppress(OSError):  # another process writes there again
         os.rmdir(self.url)
@@ -230,45 +222,6 @@ class Place:
     scheme, rest = self.url.split('://')
     bucket, _, key = rest.partition('/')
     return f'{scheme}://{bucket}', key
-
-
-def _write_local(path: str, pieces: Iterable[bytes]) -> int:
-  """Writes beside the file, under a lock, then puts that in its place.
-
-  The name beside it is always the same, so that what a killed process left is
-  taken up by the next; TensorStore's listings leave it out.
-  """
-  os.makedirs(os.path.dirname(path), exist_ok=True)
-  part = path + LOCK
-  while True:
-    descriptor = os.open(part, os.O_RDWR | os.O_CREAT, 0o666)
-    with open(descriptor, 'r+b', buffering=0) as file:
-      fcntl.flock(file, fcntl.LOCK_EX)
-      if not _same(file, part):  # another process has put it in place
-        continue
-      file.truncate(0)
-      size = 0
-      for piece in pieces:
-        _write_whole(file, piece)
-        size += len(piece)
-      os.fsync(file.fileno())
-      os.replace(part, path)
-      return size
-
-
-def _same(file, path: str) -> bool:
-  """Whether the open file is the one of that name."""
-  try:
-    there = os.stat(path)
-  except FileNotFoundError:
-    return False
-  return os.path.samestat(os.fstat(file.fileno()), there)
-
-
-def _write_whole(file, data: bytes) -> None:
-  view = memoryview(data)
-  while len(view):
-    view = view[file.write(view) :]
 
 
 def read_all(places: Iterable[Place]) -> list[bytes | None]:
@@ -285,7 +238,7 @@ def read_all(places: Iterable[Place]) -> list[bytes | None]:
       try:
         result = read.result()
       except ValueError as error:
-        raise explained(error, place) from error
+        raise explained(error, str(place)) from error
       found.append(result.value if result.state == 'value' else None)
   return found
 
@@ -306,7 +259,7 @@ def delete_all(places: Iterable[Place]) -> None:
       try:
         delete.result()
       except ValueError as error:
-        raise explained(error, place) from error
+        raise explained(error, str(place)) from error
 
 
 def _keyed(place: Place, method, *args) -> ts.Future:
@@ -320,13 +273,18 @@ def write_json(place: Place, value: Any) -> None:
   place.write(text.encode() + b'\n')
 
 
-CONTEXT = ts.Context(
-  {
-    's3_request_retries': RETRIES,
-    'gcs_request_retries': RETRIES,
-    'cache_pool': {'total_bytes_limit': 2**25},  # where a shard's chunks lie
-  }
-)
+def context(retries: dict[str, Any]) -> ts.Context:
+  """What all places and arrays share: how often requests are made again."""
+  return ts.Context(
+    {
+      's3_request_retries': retries,
+      'gcs_request_retries': retries,
+      'cache_pool': {'total_bytes_limit': 2**25},  # where shards have chunks
+    }
+  )
+
+
+CONTEXT = context(RETRIES)
 
 
 def _settings() -> tuple[tuple[str, str], ...]:
@@ -363,55 +321,4 @@ def _open(root: str, settings: tuple[tuple[str, str], ...]) -> ts.KvStore:
   try:
     return ts.KvStore.open(spec, context=CONTEXT).result()
   except ValueError as error:
-    raise explained(error, Place(root)) from error
-
-
-def explained(error: Exception, place: Place) -> ValueError:
-  """What a failure of TensorStore means, and what to do; without its pages."""
-  text = str(error)
-  code = re.search(r"os_error_code='(\d+)'", text)
-  short = re.sub(r"\s*\[[a-z-]+_?[a-z_-]*='.*", '', text, flags=re.DOTALL)
-  if not place.local:
-    if 'NoSuchBucket' in text:
-      bucket = str(place._split()[0])
-      return ValueError(
-        f'{place}: the bucket {bucket} does not exist: make it, or change acts'
-      )
-    if REFUSED.search(text):
-      what = (
-        'AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE'
-        if place.url.startswith('s3:')
-        else 'GOOGLE_APPLICATION_CREDENTIALS'
-      )
-      return ValueError(
-        f'{place}: access is refused ({short[:200]}): set {what}'
-      )
-    if NO_NETWORK.search(text):
-      what = (
-        "AWS_ENDPOINT_URL (for a server that is not Amazon's) and AWS_REGION"
-        if place.url.startswith('s3:')
-        else 'the proxy'
-      )
-      return ValueError(
-        f'{place}: no server answers ({short[:200]}): check the network, and '
-        f'set {what}'
-      )
-  elif code:
-    return _unwritten(place, OSError(int(code[1]), os.strerror(int(code[1]))))
-  return ValueError(f'{place}: {short[:300]}')
-
-
-def _unwritten(place: Place, error: OSError) -> ValueError:
-  """What a local file system's refusal means."""
-  reason = os.strerror(error.errno).lower()
-  if error.errno in NO_ROOM:
-    return ValueError(
-      f'{place} cannot be written, {reason}: make room for it, then run the '
-      'same again'
-    )
-  if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
-    return ValueError(
-      f'{place}: {reason}: make its folder one that may be written, or change '
-      'acts'
-    )
-  return ValueError(f'{place}: {reason}')
+    raise explained(error, root) from error

@@ -17,8 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from lmm_sae.core import grid
-from lmm_sae.core import store as store_lib
+from lmm_sae.core import grid, store_meta
 from lmm_sae.core.places import Place
 from lmm_sae.core.store import ActivationStore
 from lmm_sae.sae import (
@@ -333,7 +332,7 @@ def of_store(path: Place) -> Look:
   meta, layout = store.meta, store.layout
   rows = layout.groups * layout.group_rows
   arrays = []
-  for name, (dtype, columns) in store.fields.items():
+  for name, (dtype, columns) in store.arrays.fields.items():
     shape = (rows, columns) if columns else (rows,)
     chunks = (layout.chunk_rows, columns)[: len(shape)]
     size = _bytes(store, name)
@@ -345,7 +344,7 @@ def of_store(path: Place) -> Look:
     'path': str(path),
     'bytes': _bytes(store),
     'writer': 'lmm_sae',
-    'format': store_lib.FORMAT_VERSION,
+    'format': store_meta.FORMAT_VERSION,
     'settings': dataclasses.asdict(meta),
     'groups': layout.groups,
     'committed': len(store.committed()),
@@ -371,7 +370,7 @@ def _bytes(store: ActivationStore, name: str = '') -> int:
   if store.path.local:
     return stored.disk(store.path / name if name else store.path)
   sizes = [line['bytes'] for line in store.manifest]
-  names = [name] if name else [*store.fields]
+  names = [name] if name else [*store.arrays.fields]
   return sum(sum(each[name]) for each in sizes for name in names)
 
 
