@@ -5,6 +5,7 @@ is here, or that is streamed, is read in place (`core.parquet`); anything else
 is downloaded and converted by `datasets`, and mapped into memory.
 """
 
+import logging
 import os
 import pathlib
 from collections.abc import Callable, Mapping
@@ -124,6 +125,8 @@ class HubDataset:
 
 
 def _datasets():
+  # else absl's handler shows which frameworks it has seen
+  logging.getLogger('datasets').setLevel(logging.WARNING)
   try:
     import datasets
   except ImportError as error:
