@@ -5,6 +5,7 @@ is here, or that is streamed, is read in place (`core.parquet`); anything else
 is downloaded and converted by `datasets`, and mapped into memory.
 """
 
+import logging
 import os
 import pathlib
 from collections.abc import Callable, Mapping
@@ -17,6 +18,7 @@ from lmm_sae.core.remote_files import is_remote, patiently
 
 T = TypeVar('T')
 
+SAVED = ('dataset_dict.json', 'state.json')  # by save_to_disk
 NEEDS = "needs the package `datasets`: pip install 'lmm_sae[data]'"
 
 
@@ -26,7 +28,8 @@ def open_data(
   """One split of a data set.
 
   Args:
-    path: owner/name[@revision], or a local folder or parquet file.
+    path: owner/name[@revision], or a local folder or parquet file, or what
+      `datasets` has saved.
     subset: its configuration; '': the only one, or the default.
     image_root: folder of images that rows name by path; '': they hold them.
 
@@ -43,13 +46,20 @@ def open_data(
   here = os.path.expanduser(path)
   if os.path.isfile(here):
     return _local_file(here, subset, split, stream, image_root)
+  if any(os.path.isfile(os.path.join(here, name)) for name in SAVED):
+    return _saved(here, subset, split, stream, image_root)
   if os.path.isdir(here):
     name, revision, root = here, None, image_root or here
   else:
     name, _, revision = path.partition('@')
     root = image_root
   files = _files(name, revision or None, subset, split)
-  parquet = all(file.endswith('.parquet') for file in files)
+  if stream and not files:
+    raise ConnectionError(
+      f'data.path {path} cannot be streamed: the hub is not reached. Set '
+      'data.stream=False for what its cache holds'
+    )
+  parquet = bool(files) and all(file.endswith('.parquet') for file in files)
   if stream and not parquet:
     raise ValueError(
       f'data.stream=True reads parquet files, and {files[0]} is none: set '
@@ -97,6 +107,23 @@ def _local_file(
     return HubDataset(rows, root)
 
 
+def _saved(
+  path: str, subset: str, split: str, stream: bool, image_root: str
+) -> 'HubDataset':
+  """What `save_to_disk` of `datasets` has written."""
+  if stream:
+    raise ValueError(
+      f'data.stream=True reads parquet files, and {path} was written by '
+      'save_to_disk: set data.stream=False'
+    )
+  datasets = _datasets()
+  rows = _asked(path, lambda: datasets.load_from_disk(path))
+  parts = rows if isinstance(rows, Mapping) else {'train': rows}
+  _check_choice('subset', subset, [''])
+  _check_choice('split', split, list(parts))
+  return HubDataset(parts[split], folder(image_root or path))
+
+
 class HubDataset:
   """Rows that `datasets` has mapped into memory; images are not decoded."""
 
@@ -119,6 +146,8 @@ class HubDataset:
 
 
 def _datasets():
+  # else absl's handler shows which frameworks it has seen
+  logging.getLogger('datasets').setLevel(logging.WARNING)
   try:
     import datasets
   except ImportError as error:
@@ -129,7 +158,10 @@ def _datasets():
 def _files(
   name: str, revision: str | None, subset: str, split: str
 ) -> list[str]:
-  """The files of a split: paths, or addresses that name the commit."""
+  """The files of a split: paths, or addresses that name the commit.
+
+  None where the hub is not reached, and its cache holds the data.
+  """
   datasets = _datasets()
   builder = _asked(
     name,
@@ -138,8 +170,9 @@ def _files(
     ),
   )
   found: Mapping[str, Any] = builder.config.data_files or {}
-  _check_choice('split', split, [str(each) for each in found])
-  return [str(file) for file in found[split]]
+  known = found or builder.info.splits or {}
+  _check_choice('split', split, [str(each) for each in known])
+  return [str(file) for file in found[split]] if found else []
 
 
 def _asked(name: str, ask: Callable[[], T]) -> T:

@@ -1,5 +1,6 @@
 """Local parquet: every row in its place, and little read for it."""
 
+import collections
 import concurrent.futures
 import pickle
 
@@ -119,6 +120,29 @@ def test_a_broken_row_group_moves_no_other(folder):
   assert source[3].source == 'n3'
 
 
+def test_spoilt_files_are_refused_or_have_rows_and_reasons(folder):
+  whole = (folder / 'test-00000-of-00001.parquet').read_bytes()
+  path = folder / 'spoilt.parquet'
+  rng = np.random.default_rng(5)
+  outcomes = collections.Counter()
+  for _ in range(150):
+    data = bytearray(whole)
+    for at in rng.integers(1, len(data), 3):
+      data[-at] = rng.choice([0, 1, 127, 255])
+    path.write_bytes(data)
+    try:
+      source = opened(path)
+    except ValueError:
+      outcomes['refused'] += 1
+      continue
+    for at in range(min(len(source), 5)):
+      try:
+        outcomes[source[at].source] += 1
+      except ValueError:
+        outcomes['rejected'] += 1
+  assert {'refused', 'rejected', 'n0', 'n1'} <= set(outcomes)
+
+
 def test_a_file_that_is_gone_stops_the_run(folder):
   source = opened(folder / 'train-00000-of-00002.parquet')
   (folder / 'train-00000-of-00002.parquet').unlink()
@@ -205,6 +229,24 @@ def test_large_row_groups_go_through_datasets(
   ):
     with pytest.raises(ValueError, match=r'set data\.stream=False'):
       opened(path, split=split, stream=True)
+
+
+def test_what_datasets_saved_is_read(tmp_path):
+  import datasets
+
+  rows = datasets.Dataset.from_list([parquet_files.row(at) for at in range(4)])
+  rows = rows.cast_column('image', datasets.Image())
+  rows.save_to_disk(tmp_path / 'one')
+  datasets.DatasetDict(val=rows).save_to_disk(tmp_path / 'parts')
+  assert opened(tmp_path / 'one')[3].images[0].image.size == (4, 2)
+  source = opened(tmp_path / 'parts', split='val')
+  assert [source[at].source for at in range(4)] == ['n0', 'n1', 'n2', 'n3']
+  again = pickle.loads(pickle.dumps(source))
+  assert again[2].conversation == source[2].conversation
+  with pytest.raises(ValueError, match=r"'train' is not .*: val"):
+    opened(tmp_path / 'parts')
+  with pytest.raises(ValueError, match='was written by save_to_disk'):
+    opened(tmp_path / 'one', stream=True)
 
 
 @pytest.fixture
