@@ -29,7 +29,7 @@ def get_config() -> ConfigDict:
         'template': 'chat',  # chat: the model's; raw: turns alone, a line each
         'image_root': '',  # llava: folder that `image` is relative to
         'limit': 0,  # samples of the source that are used; 0: all
-        'seed': 0,  # of the split into halves, and of the scenes
+        'seed': 0,  # of halves, scenes, the tokens kept and their mixing
         'heldout': 0.25,  # share of the samples kept for halves A and B
         'train': 2400,  # scenes: samples of the train split
         'half': 500,  # scenes: samples of each of the halves A and B
