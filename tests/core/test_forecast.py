@@ -1,0 +1,56 @@
+"""core/forecast.py against sums by hand, and against what a store takes."""
+
+import math
+
+import numpy as np
+import pytest
+
+from lmm_sae.core import forecast
+from lmm_sae.core.forecast import Expected
+
+
+def test_what_was_counted_whole_is_exact():
+  assert forecast.expect([3, 4, 9], of=3) == Expected(16.0, 0.0)
+
+
+def test_what_nothing_is_of_holds_nothing():
+  assert forecast.expect([], of=0) == Expected(0.0, 0.0)
+
+
+def test_one_of_many_says_nothing_of_the_spread():
+  assert forecast.expect([5], of=7) == Expected(35.0, math.inf)
+
+
+def test_the_truth_lies_within_the_spread_as_often_as_is_said():
+  rng = np.random.default_rng(0)
+  all_S = rng.exponential(50.0, 400)
+  within = 0
+  for _ in range(300):
+    found = forecast.expect(rng.choice(all_S, 120, replace=False), of=400)
+    within += abs(found.total - all_S.sum()) <= found.spread
+  assert 0.9 < within / 300 < 0.985
+
+
+def test_spreads_of_independent_totals_add_as_squares():
+  both = Expected(10.0, 3.0) + Expected(1.0, 4.0)
+  assert both == Expected(11.0, 5.0)
+  assert both.times(2) == Expected(22.0, 10.0)
+
+
+def test_a_row_is_its_layers_and_its_token_arrays():
+  # sample, position, token; kind; image, row, col; box.
+  assert forecast.TOKEN_BYTES == 3 * 4 + 1 + 3 * 2 + 8
+  assert forecast.row_bytes(6, 2) == 2 * 6 * 2 + 27
+
+
+@pytest.mark.parametrize(
+  ('bytes_', 'text'),
+  [(1023, '1.02e+03 B'), (3 * 2**30, '3 GiB'), (2**41, '2 TiB')],
+)
+def test_sizes_are_told_in_the_unit_that_people_read(bytes_, text):
+  assert forecast.size(bytes_) == text
+
+
+def test_many_hours_are_told_as_days():
+  assert forecast.span(5400) == '1.5 h'
+  assert forecast.span(3600 * 60) == '2.5 days'
