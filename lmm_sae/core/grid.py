@@ -1,15 +1,19 @@
 """The grid of rows that the activation store's arrays stand on.
 
 All arrays of a store are zarr3 with the sharding codec, uncompressed, every
-chunk with a checksum: a shard is what one writer owns, a chunk is what one
-read touches.
+chunk with a checksum: a shard is a file that is written once and whole, a chunk
+is what one read touches. What is not there is an error to read, never zeros.
 """
 
 import dataclasses
-import pathlib
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import tensorstore as ts
+
+from lmm_sae.core import places
+from lmm_sae.core.places import Place
 
 TOKENS = {  # name: (dtype, columns; 0 is a plain vector)
   'sample': ('int32', 0),
@@ -21,6 +25,7 @@ TOKENS = {  # name: (dtype, columns; 0 is a plain vector)
   'col': ('int16', 0),
   'box': ('int16', 4),
 }
+WIDTH = -1  # columns of a layer: D
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,24 +52,37 @@ class Layout:
         f'{self.shard_rows}; round it up'
       )
 
+  def spans(self, group: int, count: int) -> list[tuple[int, int, int]]:
+    """(shard, start, stop) of the shards that a group's first rows fill.
 
-def field(name: str, width: int) -> tuple[str, int]:
-  """(dtype, columns) of an array: `layer_<L>` or a name in `TOKENS`."""
-  return ('bfloat16', width) if name.startswith('layer_') else TOKENS[name]
+    Rows are counted from the group's first.
+    """
+    first = group * self.group_rows // self.shard_rows
+    return [
+      (first + at // self.shard_rows, at, min(at + self.shard_rows, count))
+      for at in range(0, count, self.shard_rows)
+    ]
 
 
-def shard_keys(name: str, layout: Layout, group: int) -> list[str]:
-  """The files of a group's shards, inside the folder of array `name`."""
-  tail = '/0' if field(name, width=1)[1] else ''
-  shards = layout.group_rows // layout.shard_rows
-  return [f'c/{at}{tail}' for at in range(group * shards, (group + 1) * shards)]
+def fields(
+  layers: Sequence[int], width: int, dtype: str
+) -> dict[str, tuple[str, int]]:
+  """{name: (dtype, columns; 0 is a plain vector)} of all arrays of a store."""
+  found = {}
+  for layer in layers:
+    found[f'layer_{layer}'] = (dtype, width)
+    if dtype == 'int8':
+      found[f'scale_{layer}'] = ('float32', 0)
+  return found | TOKENS
 
 
-def open_array(
-  root: pathlib.Path, name: str, width: int, layout: Layout, writes: bool
-) -> ts.TensorStore:
-  """The array `name` of the store at `root`; made where it is written first."""
-  dtype, columns = field(name, width)
+def shard_key(name: str, columns: int, shard: int) -> str:
+  """The file of a shard, inside the store."""
+  return f'{name}/c/{shard}' + ('/0' if columns else '')
+
+
+def metadata(dtype: str, columns: int, layout: Layout) -> dict[str, Any]:
+  """The zarr3 metadata of an array."""
   tail = [columns] if columns else []
   codecs = [
     {'name': 'bytes', 'configuration': {'endian': 'little'}},
@@ -77,17 +95,56 @@ def open_array(
     'index_location': 'end',
   }
   regular = {'chunk_shape': [layout.shard_rows, *tail]}
-  spec: dict[str, Any] = {
-    'driver': 'zarr3',
-    'kvstore': {'driver': 'file', 'path': f'{root / name}/'},
-    'metadata': {
-      'shape': [layout.groups * layout.group_rows, *tail],
-      'data_type': dtype,
-      'fill_value': 0,
-      'chunk_grid': {'name': 'regular', 'configuration': regular},
-      'codecs': [{'name': 'sharding_indexed', 'configuration': sharding}],
-    },
+  return {
+    'shape': [layout.groups * layout.group_rows, *tail],
+    'data_type': dtype,
+    'fill_value': 0,
+    'chunk_grid': {'name': 'regular', 'configuration': regular},
+    'codecs': [{'name': 'sharding_indexed', 'configuration': sharding}],
   }
-  return ts.open(
-    spec, open=True, create=writes, read=True, write=writes
-  ).result()
+
+
+def open_array(
+  place: Place, dtype: str, columns: int, layout: Layout, create: bool = False
+) -> ts.TensorStore:
+  """The array at a place; with `create`, its metadata is made if it is not.
+
+  Raises:
+    ValueError: it is not there, or is another.
+  """
+  spec = {
+    'driver': 'zarr3',
+    'kvstore': place.spec,
+    'metadata': metadata(dtype, columns, layout),
+    # Of a damaged store zeros would look like data.
+    'fill_missing_data_reads': False,
+    'store_data_equal_to_fill_value': True,
+  }
+  try:
+    return ts.open(
+      spec,
+      context=places.CONTEXT,
+      open=True,
+      create=create,
+      read=True,
+      write=create,
+    ).result()
+  except ValueError as error:
+    raise places.explained(error, place) from error
+
+
+def encode(rows: np.ndarray, dtype: str, columns: int, layout: Layout) -> bytes:
+  """The file of a shard that begins with these rows and has no others."""
+  memory = ts.Context({'memory_key_value_store': {}})
+  one = dataclasses.replace(layout, groups=1, group_rows=layout.shard_rows)
+  spec = {
+    'driver': 'zarr3',
+    'kvstore': {'driver': 'memory'},
+    'metadata': metadata(dtype, columns, one),
+    'store_data_equal_to_fill_value': True,
+  }
+  array = ts.open(spec, context=memory, create=True).result()
+  rows = rows.astype(array.dtype.numpy_dtype, copy=False)
+  with ts.Transaction() as transaction:  # the shard is encoded once, whole
+    array.with_transaction(transaction)[: len(rows)] = rows
+  return array.kvstore[shard_key('', columns, 0)[1:]]

@@ -2,22 +2,29 @@
 
 import dataclasses
 import pathlib
+from typing import TypeVar
+
+from lmm_sae.core.places import Place
+
+P = TypeVar('P', pathlib.Path, Place)
 
 
 @dataclasses.dataclass(frozen=True)
 class Workdir:
-  """Paths of one run. `acts` may point at a store shared with other runs."""
+  """Paths of one run.
+
+  The store alone may stand elsewhere, shared with other runs or in a bucket.
+  """
 
   root: pathlib.Path
-  acts_root: pathlib.Path
+  acts_root: Place
 
   @classmethod
   def of(cls, workdir: str | pathlib.Path, acts: str = '') -> 'Workdir':
     root = pathlib.Path(workdir).absolute()
-    shared = pathlib.Path(acts).absolute() if acts else root / 'acts'
-    return cls(root, shared)
+    return cls(root, Place.of(acts or root / 'acts'))
 
-  def acts(self, split: str) -> pathlib.Path:
+  def acts(self, split: str) -> Place:
     return self.acts_root / split
 
   def sae(self, layer: int) -> pathlib.Path:
@@ -32,13 +39,14 @@ class Workdir:
   def file(self, name: str) -> pathlib.Path:
     return self.root / name
 
-  def require(self, path: pathlib.Path, stage: str) -> pathlib.Path:
-    """The path, which must exist.
+  def require(self, path: P, stage: str) -> P:
+    """The path, which must exist; a store does once its meta.json does.
 
     Raises:
       ValueError: it does not; the message names the stage that makes it.
     """
-    if not path.exists():
+    file = path / 'meta.json' if isinstance(path, Place) else path
+    if not file.exists():
       raise ValueError(
         f'{path} is missing: run `lmm-sae {stage}` with this workdir first'
       )

@@ -5,7 +5,7 @@ process may make it, and make it again.
 """
 
 import dataclasses
-import pathlib
+import io
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -15,6 +15,7 @@ from absl import logging
 from PIL import Image
 
 from lmm_sae.core import records
+from lmm_sae.core.places import Place
 from lmm_sae.core.prefetch import prefetch
 from lmm_sae.core.records import Picture
 from lmm_sae.core.sources import Item, Split
@@ -76,7 +77,7 @@ class Capturer:
   subject: Subject
   split: Split
   layers: tuple[int, ...]
-  folder: pathlib.Path | None
+  folder: Place | None
   batch: int
   group: int
   max_tokens: int
@@ -195,19 +196,24 @@ class Capturer:
 
 
 def _keep(
-  folder: pathlib.Path, item: Item, sample: int
+  folder: Place, item: Item, sample: int
 ) -> tuple[list[Picture], dict[str, Any] | None]:
   """Keeps what no file outside holds: (the images, truth)."""
-  (folder / 'images').mkdir(parents=True, exist_ok=True)
   pictures, truth = [], None
   for number, each in enumerate(item.images):
     name = each.path
     if not name:
       name = f'images/{sample:06d}{f".{number}" if number else ""}.png'
-      each.image.save(folder / name, compress_level=1)
+      (folder / name).write(_png(each.image))
     pictures.append(Picture(name, *each.image.size))
   if item.regions_HW is not None:
     regions = f'images/{sample:06d}.regions.png'
-    Image.fromarray(item.regions_HW).save(folder / regions, compress_level=1)
+    (folder / regions).write(_png(Image.fromarray(item.regions_HW)))
     truth = {'regions': regions, 'concepts': item.concepts}
   return pictures, truth
+
+
+def _png(image: Image.Image) -> bytes:
+  file = io.BytesIO()
+  image.save(file, 'PNG', compress_level=1)
+  return file.getvalue()

@@ -27,7 +27,7 @@ from typing import Any
 from absl import logging
 from ml_collections import ConfigDict
 
-from lmm_sae.core import host, progress, records, sources
+from lmm_sae.core import host, places, progress, sources
 from lmm_sae.core.sources import SPLITS, DataConfig, Item, Split
 from lmm_sae.core.store import ActivationStore, StoreMeta
 from lmm_sae.core.workdir import Workdir
@@ -153,6 +153,7 @@ def run(config: ConfigDict, workdir: Workdir) -> None:
     ):
       stores[name].write_group(**vars(rows))
   for store in stores.values():
+    store.seal()
     _check_not_empty(store)
 
 
@@ -182,7 +183,7 @@ def _store(job, name, size, fingerprint, facts) -> ActivationStore:
     shard_rows=opts.shard_rows,
     chunk_rows=opts.chunk_rows,
   )
-  records.write_json(store.path / 'vocab.json', facts['vocab'])
+  places.write_json(store.path / 'vocab.json', facts['vocab'])
   return store
 
 
