@@ -5,7 +5,8 @@ its shape kept and padded, cut into square tiles. Both are grids of patches.
 Rows and columns of the tiles' grid that are padding are dropped again ("un-
 padded", in whole patches: where the padding ends inside a patch, up to one
 patch at either edge of the image may be dropped with it), and each row ends
-with a newline token.
+with a newline token. LLaVA-OneVision then pools a large grid to fewer cells, by
+bilinear samples a cell apart; a cell's box is its share of the grid.
 """
 
 import math
@@ -14,7 +15,12 @@ from collections.abc import Sequence
 import numpy as np
 from transformers.image_processing_utils import select_best_resolution
 
+from lmm_sae.core import tokens
 from lmm_sae.core.tokens import Kind, TokenMap
+from lmm_sae.lmm import views
+from lmm_sae.lmm.views import Axis
+
+POOL_FROM = 1.1  # a grid is pooled if its sides exceed the limit's by this
 
 
 def image_tokens(
@@ -23,6 +29,7 @@ def image_tokens(
   view: int,
   patch: int,
   pinpoints: Sequence[tuple[int, int]],
+  most: int = 0,
 ) -> TokenMap:
   """The tokens of one image, in the model's order: base, then tiles by row.
 
@@ -30,6 +37,7 @@ def image_tokens(
     width, height: of the original image, in pixels.
     view: side of the base view and of a tile; patch: side of a patch.
     pinpoints: allowed (height, width) of the tiled canvas.
+    most: tiles whose tokens are not pooled; 0: none ever are.
 
   Returns:
     A TokenMap whose token_T is 0 and whose image_T is 0. Of an image thinner
@@ -37,37 +45,22 @@ def image_tokens(
   """
   tall, wide = select_best_resolution((height, width), pinpoints)
   side = view // patch
-  starts = np.arange(side) * patch
-  base_x = _edges(starts, patch, 0, width / view, width)
-  base_y = _edges(starts, patch, 0, height / view, height)
-
+  base = views.base(
+    Axis(side, patch, width, width / view),
+    Axis(side, patch, height, height / view),
+  )
   new_height, new_width = _scaled(width, height, tall, wide)
-  tile_x = (np.arange(wide // view)[:, None] * view + starts).ravel()
-  tile_y = (np.arange(tall // view)[:, None] * view + starts).ravel()
-  tile_x = _edges(
-    tile_x, patch, (wide - new_width) // 2, width / new_width, width
-  )
-  tile_y = _edges(
-    tile_y, patch, (tall - new_height) // 2, height / new_height, height
-  )
-  drop_y, drop_x = _unpadded(width, height, len(tile_y), len(tile_x))
-  tile_x = tile_x[drop_x : len(tile_x) - drop_x]
-  tile_y = tile_y[drop_y : len(tile_y) - drop_y]
-
-  base = _grid(base_x, base_y, Kind.BASE, newline=False)
-  tiles = _grid(tile_x, tile_y, Kind.TILE, newline=True)
-  kind_T, row_T, col_T, box_T4 = (
-    np.concatenate(pair) for pair in zip(base, tiles, strict=True)
-  )
-  return TokenMap(
-    token_T=np.zeros(len(kind_T), np.int32),
-    kind_T=kind_T,
-    image_T=np.zeros(len(kind_T), np.int16),
-    row_T=row_T,
-    col_T=col_T,
-    box_T4=box_T4,
-    grid=(side, side),
-  )
+  rows, cols = tall // view * side, wide // view * side
+  drop_y, drop_x = _unpadded(width, height, rows, cols)
+  rows, cols = rows - 2 * drop_y, cols - 2 * drop_x
+  out_rows, out_cols = _pooled(rows, cols, most * side**2)
+  pad_y, pad_x = (tall - new_height) // 2, (wide - new_width) // 2
+  x = Axis(out_cols, 1, width, width / new_width, -pad_x)
+  y = Axis(out_rows, 1, height, height / new_height, -pad_y)
+  x_N2 = x.original(_tiled(drop_x, cols, out_cols, view, patch))
+  y_N2 = y.original(_tiled(drop_y, rows, out_rows, view, patch))
+  tiles = views.grid(x_N2, y_N2, Kind.TILE, newline=True)
+  return tokens.concatenate([base, tiles], base.grid)
 
 
 def _scaled(width: int, height: int, tall: int, wide: int) -> tuple[int, int]:
@@ -85,23 +78,25 @@ def _unpadded(width: int, height: int, rows: int, cols: int):
   return 0, (cols - int(round(width * (rows / height), 7))) // 2
 
 
-def _edges(starts, patch, pad, scale, limit) -> np.ndarray:
-  """[n, 2] first and last pixel of patches, in the original image, clipped."""
-  edges = (np.stack([starts, starts + patch], -1) - pad) * scale
-  return np.clip(edges, 0, limit)
+def _pooled(rows: int, cols: int, most: int) -> tuple[int, int]:
+  """(rows, cols) once a grid of more than `most` cells is pooled."""
+  ratio = math.sqrt(rows * cols / most) if most else 0.0
+  if ratio <= POOL_FROM:
+    return rows, cols
+  return int(rows // ratio), int(cols // ratio)
 
 
-def _grid(x_N2: np.ndarray, y_N2: np.ndarray, kind: Kind, newline: bool):
-  """kind, row, col and box of a grid of patches, each row ended or not."""
-  rows, cols = len(y_N2), len(x_N2)
-  shape = (rows, cols + newline)
-  kind_T = np.full(shape, kind, np.uint8)
-  row_T = np.full(shape, -1, np.int16)
-  col_T = np.full(shape, -1, np.int16)
-  box_T4 = np.zeros((*shape, 4), np.float32)
-  row_T[:, :cols] = np.arange(rows)[:, None]
-  col_T[:, :cols] = np.arange(cols)
-  box_T4[:, :cols, 0::2] = x_N2
-  box_T4[:, :cols, 1::2] = y_N2[:, None]
-  kind_T[:, cols:] = Kind.NEWLINE
-  return kind_T.ravel(), row_T.ravel(), col_T.ravel(), box_T4.reshape(-1, 4)
+def _tiled(drop: int, kept: int, cells: int, view: int, patch: int):
+  """[cells, 2] pixels of the canvas, of cells that share the kept patches."""
+  bounds = drop + np.round(np.arange(cells + 1) * (kept / max(cells, 1)), 9)
+  side = view // patch
+
+  def pixel(patch_n: np.ndarray, place_n: np.ndarray) -> np.ndarray:
+    # A tile's last pixels, less than a patch, are seen by no patch.
+    start_n = patch_n // side * view + patch_n % side * patch
+    return start_n + (place_n - patch_n) * patch
+
+  low, high = bounds[:-1], bounds[1:]
+  return np.stack(
+    [pixel(np.floor(low), low), pixel(np.ceil(high) - 1, high)], -1
+  )

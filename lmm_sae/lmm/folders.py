@@ -1,4 +1,4 @@
-"""Folders that hold a LLaVA-NeXT: which one is meant, and is it the same.
+"""Folders that hold a model: which one is meant, and is it the same.
 
 No torch here: a stage may ask before it loads anything.
 """
@@ -11,6 +11,12 @@ import pathlib
 from lmm_sae.core import host
 
 PACKAGED = ('small', 'base')
+FAMILIES = {  # model_type: name, in the order of lmm/families.py
+  'llava': 'LLaVA-1.5',
+  'llava_next': 'LLaVA-NeXT',
+  'llava_onevision': 'LLaVA-OneVision',
+  'qwen2_5_vl': 'Qwen2.5-VL',
+}
 
 
 def resolve(path: str | os.PathLike) -> pathlib.Path:
@@ -32,10 +38,17 @@ def resolve(path: str | os.PathLike) -> pathlib.Path:
     config = json.loads((folder / 'config.json').read_text())
   except (OSError, json.JSONDecodeError) as error:
     raise ValueError(f'{folder} is no model folder: {error}') from error
-  if config.get('model_type') != 'llava_next':
+  kind = config.get('model_type')
+  if kind not in FAMILIES:
+    known = ', '.join(f'{name} ({key})' for key, name in FAMILIES.items())
     raise ValueError(
-      f'{folder} holds a {config.get("model_type")!r}, not a LLaVA-NeXT '
-      '(llava_next): give a llava-hf LLaVA-NeXT folder'
+      f'{folder} holds a {kind!r}, none of {known}: give a folder of one of '
+      'these, such as llava-hf/llama3-llava-next-8b-hf'
+    )
+  if not size(folder) and any(folder.glob('pytorch_model*.bin')):
+    raise ValueError(
+      f'{folder} has its weights as pickles alone, which may run code: write '
+      'them anew as safetensors, with save_pretrained of transformers'
     )
   return folder
 

@@ -1,4 +1,4 @@
-"""The subject: a LLaVA-NeXT, its typed tokens and its residual stream.
+"""The subject: a multimodal model, its typed tokens, its residual stream.
 
   subject = llava.Subject.load('small')
   prompt = subject.chat('what is this?', 1)
@@ -6,11 +6,14 @@
   (tokens,) = subject.token_maps([prompt], [[image]], inputs)
   x_BTD = subject.residuals(inputs, (2,))[2]
 
-`small` and `base` are packaged; any other path is a llava-hf folder.
+`small` and `base` are packaged; any other path is a folder of the hub's layout
+with a model of one of `families.FAMILIES`.
 """
 
 import contextlib
+import dataclasses
 import functools
+import inspect
 import os
 import pathlib
 from collections.abc import Sequence
@@ -18,30 +21,19 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-import safetensors
 import torch
 import transformers
 from PIL import Image
 from torch import nn
 
 from lmm_sae.core import host, tokens
-from lmm_sae.core.tokens import TokenMap
-from lmm_sae.lmm import anyres, folders, parts
+from lmm_sae.core.tokens import Kind, TokenMap
+from lmm_sae.lmm import folders, loading, parts
 from lmm_sae.lmm import prompt as prompts
-from lmm_sae.lmm.prompt import Prompt, Turns
+from lmm_sae.lmm.families import Family, Images
+from lmm_sae.lmm.prompt import Prompt, Template, Turns
 
-Images = Sequence[Sequence[Image.Image]]  # of each text, in order
-
-
-# What transformers raises for folders that lack a file or hold a broken one.
-_LOAD_ERRORS = (
-  OSError,
-  RuntimeError,
-  KeyError,
-  TypeError,
-  ValueError,
-  safetensors.SafetensorError,
-)
+MAPS = 256  # token maps kept: of equal sizes, images have the same
 
 
 class _EnoughError(Exception):
@@ -49,13 +41,14 @@ class _EnoughError(Exception):
 
 
 class Subject:
-  """A frozen LLaVA-NeXT; make it with `load`.
+  """A frozen multimodal model; make it with `load`.
 
   Attributes:
     name: of the packaged model, or of the folder.
-    model, processor, tokenizer: of transformers; the image processor is the
-      PIL one.
-    width: D. num_layers: decoder layers. grid: (rows, cols) of the base view.
+    model, tokenizer: of transformers. pixels: its image processor, of PIL.
+    family, template: what is particular to it, and how it is spoken to.
+    width: D. num_layers: decoder layers.
+    grid: (rows, cols) of the base view; (0, 0) where it depends on the image.
     max_tokens: the longest text the model reads, image tokens counted.
     device: of the model's inputs.
   """
@@ -65,24 +58,31 @@ class Subject:
     name: str,
     folder: pathlib.Path,
     model: transformers.PreTrainedModel,
-    processor: transformers.ProcessorMixin,
+    family: Family,
+    template: Template,
   ):
     self.name = name
     self.folder = folder
     self.model = model.eval().requires_grad_(False)
-    self.processor = processor
-    self.tokenizer = processor.tokenizer
-    self.device = model.get_input_embeddings().weight.device
+    self.family, self.template = family, template
+    self.tokenizer, self.pixels = template.tokenizer, family.pixels
+    self.device = parts.device(model)
     text = model.config.get_text_config()
     self.width, self.max_tokens = text.hidden_size, text.max_position_embeddings
     self._path, self._layers = parts.find_layers(model)
     self.num_layers = len(self._layers)
-    vision = model.config.vision_config
-    self.view, self.patch = vision.image_size, vision.patch_size
-    self.grid = (self.view // self.patch,) * 2
+    self.grid = family.grid
     self.image_token = model.config.image_token_id
+    self._around = self.tokenizer.convert_tokens_to_ids(
+      [token for token in family.around if token]
+    )
+    self._map = functools.lru_cache(MAPS)(family.tokens)
+    # Since transformers 5 Qwen's positions are made from the tokens' types.
+    self._typed = (
+      'mm_token_type_ids'
+      in inspect.signature(type(model.model).forward).parameters
+    )
     parts.skip_unread(model)
-    parts.check_pixels(processor.image_processor, self.view)
 
   @classmethod
   def load(
@@ -97,50 +97,28 @@ class Subject:
     Args:
       path: `small`, `base`, or a folder in the llava-hf layout.
       device: cpu, cuda, cuda:1, ..., or auto: sharded over what there is.
-      dtype: float32, bfloat16 or float16.
+      dtype: float32, bfloat16, float16, or int8: weights of 8 bits.
       threads: CPU threads of this process; 0: one a core.
 
     Raises:
-      ValueError: there is no such model, it is no LLaVA-NeXT, or it is broken.
+      ValueError: there is no such model, it is of no known family, it is
+        broken, or this machine lacks what it needs.
     """
     folder = folders.resolve(path)
-    if dtype not in ('float32', 'bfloat16', 'float16'):
-      raise ValueError(
-        f'lmm.dtype {dtype!r} is none of float32, bfloat16, float16'
-      )
-    if device.startswith('cuda') and not torch.cuda.is_available():
-      raise ValueError(f'lmm.device is {device!r}, but there is no CUDA device')
     torch.set_num_threads(threads or host.cores())
-    transformers.utils.logging.disable_progress_bar()
-    try:
-      processor = transformers.AutoProcessor.from_pretrained(
-        folder, backend='pil', local_files_only=True
-      )
-      model, info = (
-        transformers.LlavaNextForConditionalGeneration.from_pretrained(
-          folder,
-          dtype=getattr(torch, dtype),
-          device_map='auto' if device == 'auto' else None,
-          local_files_only=True,
-          output_loading_info=True,
-        )
-      )
-    except _LOAD_ERRORS as error:
-      raise ValueError(f'{folder} cannot be loaded: {error}') from error
-    if info['missing_keys']:
-      raise ValueError(
-        f'{folder} lacks weights, such as {sorted(info["missing_keys"])[0]}: '
-        'copy the whole folder'
-      )
-    if device != 'auto':
-      model = model.to(device)
+    model, family, template = loading.load(folder, device, dtype)
     name = str(path) if str(path) in folders.PACKAGED else folder.name
-    return cls(name, folder, model, processor)
+    return cls(name, folder, model, family, template)
+
+  @property
+  def dtype(self) -> torch.dtype:
+    """Of the residual stream and of the pixels."""
+    return self.model.get_input_embeddings().weight.dtype
 
   @property
   def image_backend(self) -> str:
     """Class of the image processor: what made the pixels."""
-    return type(self.processor.image_processor).__name__
+    return type(self.pixels).__name__
 
   def vocab(self) -> list[str]:
     """The text of every token id."""
@@ -180,11 +158,15 @@ class Subject:
     self, turns: Turns, has_image: int = 0, generate: bool = False
   ) -> Prompt:
     """A conversation with the chat template; see `prompt.render`."""
-    return prompts.render(self.processor, turns, int(has_image), generate)
+    return prompts.render(self.template, turns, int(has_image), generate)
+
+  def raw(self, turns: Turns, images: int = 0) -> Prompt:
+    """The turns alone, a line each, without template; see `prompt.raw`."""
+    return prompts.raw(self.template, turns, images)
 
   def bare(self, text: str = prompts.IMAGE) -> Prompt:
     """Text without chat template; the plain `<image>` is the paper's."""
-    return prompts.bare(text, self.processor.image_token)
+    return prompts.bare(self.template, text)
 
   # Inputs and what their tokens are.
 
@@ -208,18 +190,27 @@ class Subject:
     kind_T = prompts.kinds(
       text, offsets_T2, token_T, self.tokenizer.bos_token_id
     )
+    kind_T[np.isin(token_T, self._around)] = Kind.TEMPLATE
     at = np.flatnonzero(token_T == self.image_token)
     if len(at) != len(images):
       raise ValueError(
         f'a text has {len(at)} image placeholders for {len(images)} images'
       )
-    pieces, start = [], 0
+    pieces, start, grid = [], 0, (0, 0)
     for number, (stop, image) in enumerate(zip(at, images, strict=True)):
       pieces.append(tokens.text_map(token_T[start:stop], kind_T[start:stop]))
-      pieces.append(self._image_map(image, number))
-      start = stop + 1
+      seen = self._map(image.width, image.height, len(images) == 1)
+      count, start = len(seen.kind_T), stop + 1
+      pieces.append(
+        dataclasses.replace(
+          seen,
+          token_T=np.full(count, self.image_token, np.int32),
+          image_T=np.full(count, number, np.int16),
+        )
+      )
+      grid = grid if number else seen.grid
     pieces.append(tokens.text_map(token_T[start:], kind_T[start:]))
-    return tokens.concatenate(pieces, self.grid if images else (0, 0))
+    return tokens.concatenate(pieces, grid)
 
   def batch(
     self, maps: Sequence[TokenMap], images: Images, padding_side: str = 'right'
@@ -227,8 +218,8 @@ class Subject:
     """What `encode` made of several texts, as the model's arguments.
 
     Returns:
-      input_ids, attention_mask and, where there are images, pixel_values and
-      image_sizes.
+      input_ids, attention_mask and, where there are images, what the family
+      makes of them, such as pixel_values and image_sizes.
     """
     count = max(len(each.token_T) for each in maps)
     pad = self.tokenizer.pad_token_id or 0
@@ -243,11 +234,12 @@ class Subject:
       'input_ids': torch.from_numpy(input_BT),
       'attention_mask': torch.from_numpy(mask_BT),
     }
-    flat = [image for row in images for image in row]
-    if flat:
-      pixels = self.processor.image_processor(flat, return_tensors='pt')
-      batch['pixel_values'] = pixels['pixel_values'].to(self.model.dtype)
-      batch['image_sizes'] = pixels['image_sizes']
+    if any(images):
+      batch |= self.family.inputs(images)
+      batch['pixel_values'] = batch['pixel_values'].to(self.dtype)
+      if self._typed:
+        is_image_BT = batch['input_ids'] == self.image_token
+        batch['mm_token_type_ids'] = is_image_BT.to(torch.int32)
     return {name: value.to(self.device) for name, value in batch.items()}
 
   def inputs(
@@ -281,15 +273,6 @@ class Subject:
       for each, mask_T in zip(maps, mask_BT, strict=True)
     ]
 
-  def _image_map(self, image: Image.Image, number: int) -> TokenMap:
-    pinpoints = [tuple(p) for p in self.model.config.image_grid_pinpoints]
-    found = anyres.image_tokens(
-      image.width, image.height, self.view, self.patch, pinpoints
-    )
-    found.token_T[:] = self.image_token
-    found.image_T[:] = number
-    return found
-
   # The residual stream.
 
   def residuals(
@@ -317,24 +300,54 @@ class Subject:
     return found
 
   def rows(
-    self, inputs: dict[str, torch.Tensor], layers: Sequence[int]
+    self,
+    inputs: dict[str, torch.Tensor],
+    layers: Sequence[int],
+    keep: Sequence[np.ndarray] | None = None,
   ) -> list[dict[int, np.ndarray]]:
     """For each text {layer: bfloat16 [T, D]}, padding left out.
 
+    Args:
+      keep: for each text the positions, int64, whose rows are wanted, counted
+        from its first token; they are picked before anything leaves the device.
+
     Raises:
-      ValueError: the residual stream overflows the model's dtype.
+      ValueError: the residual stream overflows the model's dtype, or `keep`
+        names positions that are not there.
     """
-    found = self.residuals(inputs, layers)
     mask_BT = inputs['attention_mask'].cpu().numpy().astype(bool)
+    places, counts = _places(mask_BT, keep)
+    found = self.residuals(inputs, layers)
     texts: list[dict[int, np.ndarray]] = [{} for _ in mask_BT]
+    stops = np.cumsum(counts)
     for layer, x_BTD in found.items():
-      half = x_BTD.to(torch.bfloat16).cpu()
-      for text, x_TD, mask_T in zip(texts, half, mask_BT, strict=True):
-        kept = x_TD[torch.from_numpy(mask_T)]
-        if not torch.isfinite(kept).all():
-          raise ValueError(
-            f'layer {layer} of {self.name} is not finite in {self.model.dtype}:'
-            ' set lmm.dtype to bfloat16 or float32'
-          )
-        text[layer] = kept.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+      index = torch.from_numpy(places).to(x_BTD.device)
+      half_ND = x_BTD.flatten(0, 1)[index].to(torch.bfloat16)
+      if not torch.isfinite(half_ND).all():
+        raise ValueError(
+          f'layer {layer} of {self.name} is not finite in {self.dtype}: set '
+          'lmm.dtype to bfloat16 or float32'
+        )
+      rows_ND = half_ND.cpu().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+      for text, stop, count in zip(texts, stops, counts, strict=True):
+        text[layer] = rows_ND[stop - count : stop]
     return texts
+
+
+def _places(
+  mask_BT: np.ndarray, keep: Sequence[np.ndarray] | None
+) -> tuple[np.ndarray, list[int]]:
+  """The wanted rows among B x T, text after text, and how many of each."""
+  places = []
+  for row, mask_T in enumerate(mask_BT):
+    own = row * len(mask_T) + np.flatnonzero(mask_T)
+    if keep is not None:
+      wanted = np.asarray(keep[row], np.int64)
+      if len(wanted) and not 0 <= wanted.min() <= wanted.max() < len(own):
+        raise ValueError(
+          f'keep of text {row} has positions {wanted.min()} to '
+          f'{wanted.max()}, but the text has {len(own)} tokens'
+        )
+      own = own[wanted]
+    places.append(own)
+  return np.concatenate(places), [len(own) for own in places]

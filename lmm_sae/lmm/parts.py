@@ -1,10 +1,13 @@
-"""What a LLaVA-NeXT is made of, whatever the version of transformers."""
+"""What a subject is made of, whatever the version of transformers."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
+
+VERSION = int(transformers.__version__.partition('.')[0])
 
 # Where decoder layers stand: transformers 5, then 4.5x, then the oldest.
 LAYER_PATHS = (
@@ -38,6 +41,10 @@ def skip_unread(model: nn.Module) -> None:
   LLaVA reads the output of the last layer but one: a fifth of the packaged
   encoder, a twenty-fourth of CLIP-L, is work that nobody looks at.
   """
+  if VERSION < 5:  # some of whose layers return tuples
+    return
+  if not hasattr(model.config, 'vision_feature_layer'):  # Qwen's reads all
+    return
   _, layers = find_layers(model, VISION_PATHS)
   states = len(layers) + 1  # hidden_states: the embeddings, then each layer
   read = model.config.vision_feature_layer
@@ -51,12 +58,9 @@ def _pass_on(x_BTD: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
   return x_BTD
 
 
-def check_pixels(pixels, view: int) -> None:
-  """The processor must make views of the size that the model wants."""
-  size, crop = pixels.size, pixels.crop_size
-  sides = {size.get('shortest_edge') or size.get('height'), crop.get('height')}
-  if sides != {view}:
-    raise ValueError(
-      f'the image processor makes views of {sides} pixels, the model wants '
-      f'{view}: mend processor_config.json'
-    )
+def device(model: nn.Module) -> torch.device:
+  """Where the model's inputs must be."""
+  embeddings = model.get_input_embeddings()
+  if embeddings.weight.device.type == 'meta':  # offloaded by accelerate
+    return torch.device(embeddings._hf_hook.execution_device)
+  return embeddings.weight.device

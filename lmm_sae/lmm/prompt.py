@@ -5,8 +5,10 @@ the result: the conversation is rendered once more with a marker for each turn,
 and the pieces between the markers are the template.
 """
 
+import dataclasses
+import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jinja2
 import numpy as np
@@ -16,8 +18,12 @@ from lmm_sae.core.tokens import Kind
 
 IMAGE = '<image>'  # how data and users write an image's place
 
-Turns = Sequence[tuple[str, str]]  # (role, text); role: user or assistant
-_KINDS = {'user': Kind.QUESTION, 'assistant': Kind.ANSWER}
+Turns = Sequence[tuple[str, str]]  # (role, text)
+_KINDS = {
+  'user': Kind.QUESTION,
+  'assistant': Kind.ANSWER,
+  'system': Kind.TEMPLATE,
+}
 _MARK = re.compile('\u27e6(\\d+)\u27e7')
 _PLACE = re.compile(rf'\s*{IMAGE}\s*')
 
@@ -37,14 +43,87 @@ class Prompt(str):
     return self
 
 
-def bare(text: str, image_token: str) -> Prompt:
+@dataclasses.dataclass(frozen=True)
+class Template:
+  """How a model's conversations are written.
+
+  Attributes:
+    tokenizer: of transformers, which runs the template.
+    source: the chat template; None where the model has none.
+    image: the text of an image's token.
+    wrapped: an image among words: that token, with what must stand around it.
+  """
+
+  tokenizer: transformers.PreTrainedTokenizerBase
+  source: str | None
+  image: str
+  wrapped: str
+
+  def render(self, messages: list[dict], generate: bool) -> str:
+    """The text of messages; ValueError where the template refuses them."""
+    try:
+      return self.tokenizer.apply_chat_template(
+        messages,
+        chat_template=self.source,
+        tokenize=False,
+        add_generation_prompt=generate,
+      )
+    except (jinja2.TemplateError, TypeError) as error:
+      raise ValueError(f'the chat template refuses this: {error}') from error
+
+  @functools.cached_property
+  def content(self) -> Callable[[str, int], str | list[dict]]:
+    """Makes a turn's content of its words and images, as the template likes.
+
+    Raises:
+      ValueError: there is no template, or it renders no image.
+    """
+    if not self.source:
+      raise ValueError(
+        'the model has no chat template: add chat_template.jinja to its folder'
+      )
+    for style in (_parts, self._string):
+      message = {'role': 'user', 'content': style('hello', 1)}
+      try:
+        text = self.render([message], False)
+      except ValueError:
+        continue
+      if text.count(self.image) == 1 and 'hello' in text:
+        return style
+    raise ValueError('the chat template renders no image: mend the template')
+
+  def _string(self, text: str, images: int) -> str:
+    """As the templates of plain language models want it."""
+    return f'{self.wrapped}\n' * images + text
+
+
+def bare(template: Template, text: str) -> Prompt:
   """Text without chat template: all of it is a question, but for images."""
-  text = text.replace(IMAGE, image_token)
+  text = text.replace(IMAGE, template.wrapped)
   return Prompt(text, [(0, len(text), Kind.QUESTION)])
 
 
+def raw(template: Template, turns: Turns, images: int = 0) -> Prompt:
+  """The turns alone, a line each, their images where they are named.
+
+  Where no text names one, a line each stands before the first user's turn.
+
+  Raises:
+    ValueError: the roles or the number of images do not fit.
+  """
+  counts, named = _counts(turns, images)
+  text, spans = '', []
+  for (role, words), count in zip(turns, counts, strict=True):
+    if not named:
+      text += f'{template.wrapped}\n' * count
+    words = words.strip().replace(IMAGE, template.wrapped)
+    spans.append((len(text), len(text) + len(words), _KINDS[role]))
+    text += f'{words}\n'
+  return Prompt(text.removesuffix('\n'), spans)
+
+
 def render(
-  processor: transformers.ProcessorMixin,
+  template: Template,
   turns: Turns,
   images: int = 0,
   generate: bool = False,
@@ -52,90 +131,69 @@ def render(
   """A conversation with the model's chat template.
 
   Args:
-    turns: (role, text). `<image>` in a text moves to the start of its turn;
-      where no text has one, the first user's turn gets them all.
+    turns: (role, text). A turn's only `<image>` moves to its start, as in
+      LLaVA's training; several stay where they are among its words. Where no
+      text has one, the first user's turn begins with them all.
     images: how many images the conversation has.
     generate: whether the assistant is to speak next.
 
   Raises:
     ValueError: the roles, the number of images or the template do not fit.
   """
-  roles = [role for role, _ in turns]
-  if unknown := set(roles) - set(_KINDS):
-    raise ValueError(f'role {unknown.pop()!r} is neither user nor assistant')
-  texts = [_PLACE.sub(' ', text).strip() for _, text in turns]
-  counts = [text.count(IMAGE) for _, text in turns]
-  if not any(counts) and images and 'user' in roles:
-    counts[roles.index('user')] = images
-  if sum(counts) != images:
-    raise ValueError(
-      f'the conversation has {sum(counts)} {IMAGE} for {images} images'
-    )
+  counts, named = _counts(turns, images)
+  roles, texts, first = [], [], []
+  for (role, text), count in zip(turns, counts, strict=True):
+    moves = count == 1 or not named
+    first.append(count if moves else 0)
+    text = _PLACE.sub(' ', text) if moves else text
+    texts.append(text.strip().replace(IMAGE, template.wrapped))
+    roles.append(role)
   marks = [f'\u27e6{at}\u27e7' for at in range(len(turns))]
-  skeleton = _apply(processor, roles, marks, counts, generate)
+  skeleton = _apply(template, roles, marks, first, generate)
   found = _MARK.split(skeleton)
   if found[1::2] != [str(at) for at in range(len(turns))]:
     raise ValueError('the chat template drops or repeats turns')
-  if skeleton.count(processor.image_token) != images:
-    raise ValueError('the chat template drops or repeats images')
+  before = [piece.count(template.image) for piece in found[0::2]]
+  if before != [*first, 0]:
+    raise ValueError('the chat template drops, repeats or moves images')
 
   text, spans = found[0], []
   for at, after in enumerate(found[2::2]):
     spans.append((len(text), len(text) + len(texts[at]), _KINDS[roles[at]]))
     text += texts[at] + after
-  if text != _apply(processor, roles, texts, counts, generate):
+  if text != _apply(template, roles, texts, first, generate):
     raise ValueError("the chat template changes the turns' words")
   return Prompt(text, spans)
 
 
-def _apply(processor, roles, texts, counts, generate) -> str:
-  style = _style(processor)
+def _counts(turns: Turns, images: int) -> tuple[list[int], bool]:
+  """Images of each turn, and whether the turns name them."""
+  roles = [role for role, _ in turns]
+  if unknown := set(roles) - set(_KINDS):
+    raise ValueError(f'role {unknown.pop()!r} is none of {", ".join(_KINDS)}')
+  counts = [text.count(IMAGE) for _, text in turns]
+  named = any(counts)
+  if not named and images and 'user' in roles:
+    counts[roles.index('user')] = images
+  if sum(counts) != images:
+    raise ValueError(
+      f'the conversation has {sum(counts)} {IMAGE} for {images} images'
+    )
+  return counts, named
+
+
+def _apply(template, roles, texts, counts, generate) -> str:
+  content = template.content
   messages = [
-    {'role': role, 'content': style(processor, text, count)}
+    {'role': role, 'content': content(text, count)}
     for role, text, count in zip(roles, texts, counts, strict=True)
   ]
-  return _template(processor, messages, generate)
+  return template.render(messages, generate)
 
 
-def _template(processor, messages, generate) -> str:
-  try:
-    return processor.apply_chat_template(
-      messages, tokenize=False, add_generation_prompt=generate
-    )
-  except (jinja2.TemplateError, TypeError) as error:
-    raise ValueError(f'the chat template refuses this: {error}') from error
-
-
-def _parts(processor, text: str, images: int):
+def _parts(text: str, images: int) -> list[dict]:
   """A turn's content as llava-hf templates want it."""
-  del processor
   return [{'type': 'image'}] * images + [{'type': 'text', 'text': text}]
-
-
-def _string(processor, text: str, images: int):
-  """A turn's content as the templates of plain language models want it."""
-  return f'{processor.image_token}\n' * images + text
-
-
-def _style(processor):
-  """Which of the two the processor's template renders as a whole.
-
-  Raises:
-    ValueError: there is no template, or it renders neither.
-  """
-  if not (processor.chat_template or processor.tokenizer.chat_template):
-    raise ValueError(
-      'the model has no chat template: add chat_template.jinja to its folder'
-    )
-  for style in (_parts, _string):
-    message = {'role': 'user', 'content': style(processor, 'hello', 1)}
-    try:
-      text = _template(processor, [message], False)
-    except ValueError:
-      continue
-    if text.count(processor.image_token) == 1 and 'hello' in text:
-      return style
-  raise ValueError('the chat template renders no image: mend the template')
 
 
 def kinds(

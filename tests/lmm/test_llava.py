@@ -1,6 +1,7 @@
 import json
 import shutil
 
+import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.torch
@@ -37,7 +38,10 @@ def texts(subject):
 
 def hidden(subject, texts, images, **kwargs):
   """hidden_states by transformers' own processor and forward, nothing of us."""
-  inputs = subject.processor(
+  processor = transformers.AutoProcessor.from_pretrained(
+    subject.folder, backend='pil'
+  )
+  inputs = processor(
     text=[str(text) for text in texts],
     images=[image for each in images for image in each] or None,
     return_tensors='pt',
@@ -105,6 +109,24 @@ def test_rows_equal_a_hook_of_the_test(subject, texts, pictures):
     want = x_TD[mask_T.bool()].to(torch.bfloat16)
     found = torch.from_numpy(row[1].view(np.int16)).view(torch.bfloat16)
     torch.testing.assert_close(found, want, rtol=1e-2, atol=1e-4)
+
+
+@pytest.mark.parametrize('side', ['left', 'right'])
+def test_kept_rows_are_those_of_all_rows(subject, texts, pictures, side):
+  images = [[each] for each in pictures[:3]]
+  inputs = subject.inputs(texts[:3], images, side)
+  keep = [np.array([5, 0, 5]), np.array([], np.int64), np.array([1])]
+  kept = subject.rows(inputs, (0, 1), keep)
+  for all_of, some, at in zip(
+    subject.rows(inputs, (0, 1)), kept, keep, strict=True
+  ):
+    for layer in (0, 1):
+      assert some[layer].dtype == ml_dtypes.bfloat16
+      np.testing.assert_array_equal(some[layer], all_of[layer][at])
+  length = len(subject.encode(texts[2], images[2]).token_T)
+  for wrong in (-1, length):
+    with pytest.raises(ValueError, match=f'text has {length} tokens'):
+      subject.rows(inputs, (0,), [*keep[:2], np.array([wrong])])
 
 
 def test_nothing_above_the_last_layer_runs_and_no_hook_stays(subject, pictures):
@@ -230,8 +252,8 @@ def test_a_folder_that_is_no_llava_next_is_refused(copy, tmp_path):
     Subject.load(tmp_path / 'nowhere')
   with pytest.raises(ValueError, match='is no model folder'):
     Subject.load(tmp_path)
-  edit(copy / 'config.json', model_type='llava')
-  with pytest.raises(ValueError, match="holds a 'llava', not a LLaVA-NeXT"):
+  edit(copy / 'config.json', model_type='pixtral')
+  with pytest.raises(ValueError, match=r"a 'pixtral', none of LLaVA-1\.5"):
     Subject.load(copy)
 
 

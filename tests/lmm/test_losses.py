@@ -45,9 +45,7 @@ def oracle(subject, text, change=None, where=lambda kind_T: kind_T != Kind.BOS):
   ids = torch.from_numpy(text.token_T.astype(np.int64))[None]
   inputs = {'input_ids': ids, 'attention_mask': torch.ones_like(ids)}
   if text.image is not None:
-    inputs |= subject.processor.image_processor(
-      [text.image], return_tensors='pt'
-    )
+    inputs |= subject.pixels([text.image], return_tensors='pt')
   seen = []
   mask_T = torch.from_numpy(where(text.kind_T))
 

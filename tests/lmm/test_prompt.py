@@ -1,10 +1,12 @@
+import dataclasses
+
 import numpy as np
 import pytest
 import transformers
 
 from lmm_sae.core.tokens import Kind
 from lmm_sae.lmm import prompt as prompts
-from lmm_sae.lmm.prompt import Prompt
+from lmm_sae.lmm.prompt import Prompt, Template
 from tests.lmm import tiny_llava
 
 VICUNA = (  # of strings, with words of its own before the first turn
@@ -16,24 +18,23 @@ TEMPLATES = {'llama3': tiny_llava.CHAT, 'vicuna': VICUNA}
 
 
 @pytest.fixture(scope='module', params=TEMPLATES)
-def processor(request, model_folder):
-  made = transformers.AutoProcessor.from_pretrained(model_folder, backend='pil')
-  made.chat_template = TEMPLATES[request.param]
-  return made
+def template(request, model_folder):
+  tokenizer = transformers.AutoTokenizer.from_pretrained(model_folder)
+  return Template(tokenizer, TEMPLATES[request.param], '<image>', '<image>')
 
 
 def words(prompt):
   return [(prompt[start:stop], kind) for start, stop, kind in prompt.spans]
 
 
-def test_spans_are_the_turns_words(processor):
+def test_spans_are_the_turns_words(template):
   turns = [
     ('user', ' a user, a chat '),  # words of the templates too
     ('assistant', 'yes'),
     ('user', 'yes'),
     ('assistant', ''),
   ]
-  made = prompts.render(processor, turns)
+  made = prompts.render(template, turns)
   assert words(made) == [
     ('a user, a chat', Kind.QUESTION),
     ('yes', Kind.ANSWER),
@@ -53,40 +54,77 @@ def test_spans_are_the_turns_words(processor):
     ('what is <image> this?', 'where?'),
   ],
 )
-def test_the_image_comes_first_in_its_turn(processor, first, second):
+def test_the_image_comes_first_in_its_turn(template, first, second):
   turns = [('user', first), ('assistant', 'a cat'), ('user', second)]
-  made = prompts.render(processor, turns, 1, generate=True)
+  made = prompts.render(template, turns, 1, generate=True)
   assert made.count('<image>') == 1
   assert made.index('<image>') < made.index('what is')
   assert words(made)[0] == ('what is this?', Kind.QUESTION)
   assert made[made.spans[-1][1] :].lower().count('assistant') == 1
 
 
-def test_an_image_stays_in_the_turn_that_names_it(processor):
+def test_an_image_stays_in_the_turn_that_names_it(template):
   turns = [('user', 'hi'), ('assistant', 'yes'), ('user', '<image> what?')]
-  made = prompts.render(processor, turns, 1)
+  made = prompts.render(template, turns, 1)
   assert made.spans[1][1] < made.index('<image>') < made.spans[2][0]
 
 
-def test_several_images_come_first(processor):
-  made = prompts.render(processor, [('user', 'what?')], 3)
+def test_several_images_come_first(template):
+  made = prompts.render(template, [('user', 'what?')], 3)
   assert made.count('<image>') == 3
   assert made.rindex('<image>') < made.index('what?')
 
 
-def test_what_does_not_fit_is_refused(processor):
+def test_several_images_of_a_turn_stay_among_its_words(template):
+  turns = [
+    ('user', 'is <image> like <image>?'),
+    ('assistant', 'yes'),
+    ('user', 'and <image>'),
+  ]
+  made = prompts.render(template, turns, 3, generate=True)
+  assert words(made)[0] == ('is <image> like <image>?', Kind.QUESTION)
+  assert words(made)[2] == ('and', Kind.QUESTION)
+  last = made[made.spans[1][1] : made.spans[2][0]]
+  assert last.count('<image>') == 1
+
+
+def test_a_system_turn_is_template(template):
+  turns = [('system', 'be brief'), ('user', 'what?'), ('assistant', 'a cat')]
+  made = prompts.render(template, turns, 1)
+  assert words(made)[0] == ('be brief', Kind.TEMPLATE)
+  assert made.index('be brief') < made.index('<image>') < made.index('what?')
+
+
+def test_raw_turns_stand_a_line_each_with_their_images_in_place(template):
+  qwen = dataclasses.replace(template, wrapped='[<image>]')
+  turns = [('user', ' a <image> b '), ('assistant', 'c'), ('system', 'd')]
+  made = prompts.raw(qwen, turns, 1)
+  assert made == 'a [<image>] b\nc\nd'
+  assert [kind for _, kind in words(made)] == [
+    Kind.QUESTION,
+    Kind.ANSWER,
+    Kind.TEMPLATE,
+  ]
+  made = prompts.raw(qwen, [('assistant', 'c'), ('user', 'a')], 2)
+  assert made == 'c\n[<image>]\n[<image>]\na'
+  assert words(made) == [('c', Kind.ANSWER), ('a', Kind.QUESTION)]
+  with pytest.raises(ValueError, match='1 <image> for 2 images'):
+    prompts.raw(qwen, turns, 2)
+
+
+def test_what_does_not_fit_is_refused(template):
   with pytest.raises(ValueError, match='2 <image> for 1 images'):
-    prompts.render(processor, [('user', '<image> <image>')], 1)
+    prompts.render(template, [('user', '<image> <image>')], 1)
   with pytest.raises(ValueError, match='1 <image> for 0 images'):
-    prompts.render(processor, [('user', '<image> hi')])
+    prompts.render(template, [('user', '<image> hi')])
   with pytest.raises(ValueError, match='0 <image> for 1 images'):
-    prompts.render(processor, [('assistant', 'hi')], 1)
-  with pytest.raises(ValueError, match="role 'robot' is neither"):
-    prompts.render(processor, [('robot', 'hi')])
+    prompts.render(template, [('assistant', 'hi')], 1)
+  with pytest.raises(ValueError, match="role 'robot' is none of user"):
+    prompts.render(template, [('robot', 'hi')])
 
 
 @pytest.mark.parametrize(
-  ('template', 'message'),
+  ('source', 'message'),
   [
     ("{{ raise_exception('not like this') }}", 'renders no image'),
     ('hello', 'renders no image'),
@@ -101,25 +139,16 @@ def test_what_does_not_fit_is_refused(processor):
     ),
   ],
 )
-def test_templates_that_spoil_the_turns_are_refused(
-  processor, template, message
-):
-  processor.chat_template, kept = template, processor.chat_template
-  try:
-    with pytest.raises(ValueError, match=message):
-      prompts.render(processor, [('user', 'abc'), ('assistant', 'b')])
-  finally:
-    processor.chat_template = kept
+def test_templates_that_spoil_the_turns_are_refused(template, source, message):
+  spoilt = dataclasses.replace(template, source=source)
+  with pytest.raises(ValueError, match=message):
+    prompts.render(spoilt, [('user', 'abc'), ('assistant', 'b')])
 
 
-def test_a_model_without_chat_template_says_so(processor):
-  kept = processor.chat_template
-  processor.chat_template = processor.tokenizer.chat_template = None
-  try:
-    with pytest.raises(ValueError, match='no chat template'):
-      prompts.render(processor, [('user', 'abc')])
-  finally:
-    processor.chat_template = kept
+def test_a_model_without_chat_template_says_so(template):
+  silent = dataclasses.replace(template, source=None)
+  with pytest.raises(ValueError, match='no chat template'):
+    prompts.render(silent, [('user', 'abc')])
 
 
 def test_kinds_follow_the_spans():
