@@ -162,7 +162,7 @@ def open_splits(data: DataConfig) -> list[Split]:
   if data.source == 'scenes':
     return [_scenes(name, data) for name in SPLITS]
   source = sources.open_source(data)
-  parts = sources.split(len(source), data)
+  parts = sources.split(source, data)
   return [Split(name, source, parts[name]) for name in SPLITS]
 
 
