@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from lmm_sae.core import grid
-from lmm_sae.core.grid import TOKENS
 
 BLOCK = 4096  # bytes in which a file system gives space to a file
 CHECKSUM = 4  # bytes after a chunk, and after the index of a shard
@@ -60,18 +59,18 @@ def expect(counted: Sequence[float], of: int) -> Expected:
   return Expected(float(values.mean()) * of, float(DEVIATIONS * error * of))
 
 
-def array_bytes(width: int, layers: Sequence[int], dtype: str):
+def array_bytes(
+  width: int, layers: Sequence[int], dtype: str
+) -> dict[str, int]:
   """{name: bytes a row} of every array of a store.
 
   Args:
     width: D. layers: hooked. dtype: of the rows, bfloat16 or int8.
   """
-  names = [*(f'layer_{layer}' for layer in layers), *TOKENS]
-  found = {}
-  for name in names:
-    kind, columns = grid.field(name, width)
-    found[name] = np.dtype(kind).itemsize * (columns or 1)
-  return found
+  return {
+    name: np.dtype(kind).itemsize * (columns or 1)
+    for name, (kind, columns) in grid.fields(layers, width, dtype).items()
+  }
 
 
 def row_bytes(width: int, layers: int, dtype: str = 'bfloat16') -> int:
@@ -83,7 +82,11 @@ TOKEN_BYTES = row_bytes(1, 0)
 
 
 def group_bytes(
-  rows: int, arrays: Mapping[str, int], shard_rows: int, chunk_rows: int
+  rows: int,
+  arrays: Mapping[str, int],
+  shard_rows: int,
+  chunk_rows: int,
+  block: int = BLOCK,
 ) -> int:
   """Bytes that a group of so many rows takes on a disk, to the block.
 
@@ -96,7 +99,7 @@ def group_bytes(
     chunks = -(-min(rows - start, shard_rows) // chunk_rows)
     for each in arrays.values():
       file = chunks * (chunk_rows * each + CHECKSUM) + index
-      total += -(-file // BLOCK) * BLOCK
+      total += -(-file // block) * block
   return total
 
 

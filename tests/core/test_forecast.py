@@ -7,6 +7,8 @@ import pytest
 
 from lmm_sae.core import forecast
 from lmm_sae.core.forecast import Expected
+from lmm_sae.core.grid import TOKENS
+from lmm_sae.core.store import ActivationStore, StoreMeta
 
 
 def test_what_was_counted_whole_is_exact():
@@ -54,3 +56,42 @@ def test_sizes_are_told_in_the_unit_that_people_read(bytes_, text):
 def test_many_hours_are_told_as_days():
   assert forecast.span(5400) == '1.5 h'
   assert forecast.span(3600 * 60) == '2.5 days'
+
+
+def test_an_int8_row_has_a_byte_a_number_and_a_scale():
+  assert forecast.row_bytes(6, 2, 'int8') == (6 + 4) * 2 + 27
+
+
+@pytest.mark.parametrize('dtype', ['bfloat16', 'int8'])
+@pytest.mark.parametrize('rows', [0, 1, 8, 15, 40])
+def test_a_group_takes_the_bytes_that_are_told(tmp_path, dtype, rows):
+  meta = StoreMeta(
+    split='train',
+    model='m',
+    fingerprint='f',
+    layers=(1, 4),
+    layer_paths={'1': 'a', '4': 'b'},
+    width=6,
+    grid=(2, 3),
+    image_backend='p',
+    mixed=True,
+    dtype=dtype,
+  )
+  store = ActivationStore.create(
+    tmp_path, meta, groups=3, group_rows=40, shard_rows=20, chunk_rows=4
+  )
+  rng = np.random.default_rng(0)
+  tokens = {
+    name: np.ones((rows, columns) if columns else rows, kind)
+    for name, (kind, columns) in TOKENS.items()
+  }
+  x_ND = rng.normal(size=(rows, 6)).astype(np.float32)
+  store.write_group(1, {1: x_ND, 4: x_ND}, tokens, [], [])
+  files = [file for file in tmp_path.glob('*/c/**/*') if file.is_file()]
+  arrays = forecast.array_bytes(6, (1, 4), dtype)
+  found = forecast.group_bytes(rows, arrays, shard_rows=20, chunk_rows=4)
+  blocks = [-(-file.stat().st_size // 4096) * 4096 for file in files]
+  assert found == sum(blocks)
+  # The formula, not the rounding to blocks, must be right.
+  told = [size for each in store.manifest[0]['bytes'].values() for size in each]
+  assert forecast.group_bytes(rows, arrays, 20, 4, block=1) == sum(told)
