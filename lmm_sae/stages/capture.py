@@ -4,30 +4,37 @@ lmm-sae capture --config=experiments/tiny.py --workdir=runs/demo
 
 Writes acts/train, acts/a and acts/b (`core.store`). The unit of work, of commit
 and of resume is a group of samples: killed and run again, the same command ends
-in the same bytes. This process writes; the subject runs in others where it is
-small enough for one a core, and here where it is not.
+in the same bytes. Whoever makes a group writes and commits it: a thread of this
+process, a process a core where the model is small or a process a GPU, an actor
+of a Ray cluster, or another command with another `capture.share`.
 """
 
-import concurrent.futures
 import contextlib
 import dataclasses
 import functools
-import itertools
-import json
-import math
-import multiprocessing
-import multiprocessing.connection
 import os
-import signal
+import pathlib
+import socket
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures.process import BrokenProcessPool
-from typing import Any
+import time
+import zlib
+from collections.abc import Callable, Iterator
 
 from absl import logging
 from ml_collections import ConfigDict
 
-from lmm_sae.core import host, places, progress, sources
+from lmm_sae.core import (
+  captured,
+  host,
+  jobs,
+  local_workers,
+  places,
+  progress,
+  ray_workers,
+  sources,
+  workers,
+)
+from lmm_sae.core.jobs import CaptureConfig, Job, SubjectConfig, Task
 from lmm_sae.core.sources import SPLITS, DataConfig, Item, Split
 from lmm_sae.core.store import ActivationStore, StoreMeta
 from lmm_sae.core.workdir import Workdir
@@ -37,124 +44,51 @@ from lmm_sae.lmm import folders
 # enough for threads, and a copy a core would not fit the memory.
 SMALL_BYTES = 256 * 2**20
 MAX_PROCESSES = 16  # each takes about half a GB for torch alone
-
-Task = tuple[str, int]  # (split, group)
-
-
-@dataclasses.dataclass(frozen=True)
-class CaptureConfig:
-  """The `capture` section of a config: see experiments/base.py."""
-
-  batch: int
-  group: int
-  max_tokens: int
-  shard_rows: int
-  chunk_rows: int
-  mix: bool
-  keep: tuple[str, ...]
-  keep_halves: tuple[str, ...]
-  store: str
-  workers: str
-  processes: int
-  share: str
-  ray_address: str
-  ray_gpus: float
-  ray_cpus: float
-
-  def __post_init__(self):
-    for name in ('batch', 'group', 'max_tokens', 'shard_rows', 'chunk_rows'):
-      value = getattr(self, name)
-      if value < 1:
-        raise ValueError(f'capture.{name} is {value}; it must be at least 1')
-
-  @property
-  def group_rows(self) -> int:
-    """Rows that a group may need, in whole shards."""
-    shards = math.ceil(self.group * self.max_tokens / self.shard_rows)
-    return shards * self.shard_rows
-
-
-@dataclasses.dataclass(frozen=True)
-class SubjectConfig:
-  """The `lmm` section of a config: see experiments/base.py."""
-
-  path: str
-  layers: tuple[int, ...]
-  device: str
-  dtype: str
-  threads: int
-
-  def __post_init__(self):
-    if not self.layers or len(set(self.layers)) != len(self.layers):
-      raise ValueError(
-        f'lmm.layers is {self.layers}: name each layer once, and at least one'
-      )
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-  """All that a process needs to make any group."""
-
-  lmm: SubjectConfig
-  data: DataConfig
-  capture: CaptureConfig
-  workdir: Workdir
-
-  @property
-  def settings(self) -> dict[str, Any]:
-    """The fields that decide what is stored."""
-    fields = {
-      'lmm': {'dtype': self.lmm.dtype},
-      'data': dataclasses.asdict(self.data),
-      'capture': dataclasses.asdict(self.capture),
-    }
-    return json.loads(json.dumps(fields))
+ATTEMPTS = 2  # of a group on this machine
 
 
 def run(config: ConfigDict, workdir: Workdir) -> None:
   """Captures what is not captured yet of every split."""
-  job = Job(
-    SubjectConfig(**{**config.lmm, 'layers': tuple(config.lmm.layers)}),
-    DataConfig(**config.data),
-    CaptureConfig(
-      **{
-        **config.capture,
-        'keep': tuple(config.capture.keep),
-        'keep_halves': tuple(config.capture.keep_halves),
-      }
-    ),
-    workdir,
-  )
+  job = job_of(config, workdir)
   folder = folders.resolve(job.lmm.path)
   fingerprint = folders.fingerprint(folder)
-  if _done(job, fingerprint):
+  stores = captured.found(job, fingerprint)
+  if len(stores) == len(SPLITS) and all(s.complete for s in stores.values()):
     logging.info('capture: %s is complete', workdir.acts_root)
+    captured.finish(job, fingerprint)
     return
-  sizes = {split.name: len(split.rows) for split in open_splits(job.data)}
-  small = job.lmm.device == 'cpu' and folders.size(folder) <= SMALL_BYTES
-  groups = sum(math.ceil(size / job.capture.group) for size in sizes.values())
-  cores = job.lmm.threads or host.cores()
-  count = min(cores, groups, MAX_PROCESSES) if small else 1
-  with _processes(job, count, threads=1 if small else 0) as (about, make):
-    facts = about()
-    stores = {
-      name: _store(job, name, size, fingerprint, facts)
-      for name, size in sizes.items()
-    }
-    tasks = [
-      (name, group)
-      for name, store in stores.items()
-      for group in range(store.layout.groups)
-      if group not in store.committed()
-    ]
-    done = zip(tasks, make(tasks), strict=True)
-    for (name, _), rows in progress.track(
-      done, total=len(tasks), what='capture: groups'
-    ):
-      stores[name].write_group(**vars(rows))
-  for store in stores.values():
-    store.seal()
-    _check_not_empty(store)
+  tasks = _tasks(job, stores)
+  _warn_of_memory(job)
+  begin, seen = time.monotonic(), 0
+
+  def rate() -> str:
+    return f'{seen / (time.monotonic() - begin):.4g} tokens/s'
+
+  with _crew(job, folder, len(tasks)) as (start, count, attempts):
+    done = workers.run(tasks, start, count, attempts)
+    with contextlib.closing(done):
+      for _, more in progress.track(
+        done, total=len(tasks), what='capture: groups', note=rate
+      ):
+        seen += more
+  logging.info(
+    'capture: %d tokens of %d groups in %s, %s',
+    seen,
+    len(tasks),
+    progress.clock(time.monotonic() - begin),
+    rate(),
+  )
+  captured.finish(job, fingerprint)
+
+
+def job_of(config: ConfigDict, workdir: Workdir) -> Job:
+  """The sections of a config that a capture follows, checked."""
+  return Job(
+    SubjectConfig(**config.lmm),
+    DataConfig(**config.data),
+    CaptureConfig(**config.capture),
+    workdir,
+  )
 
 
 def open_splits(data: DataConfig) -> list[Split]:
@@ -166,164 +100,219 @@ def open_splits(data: DataConfig) -> list[Split]:
   return [Split(name, source, parts[name]) for name in SPLITS]
 
 
-def _store(job, name, size, fingerprint, facts) -> ActivationStore:
+def _tasks(job: Job, stores: dict[str, ActivationStore]) -> list[Task]:
+  """The groups that this command is to make, and nobody has made.
+
+  Two commands that do the same begin at different places, and each leaves out
+  what the other has committed when it comes there.
+  """
+  tasks = [
+    (name, group)
+    for split in open_splits(job.data)
+    for name, group in job.tasks(split.name, len(split.rows))
+    if name not in stores or group not in stores[name].committed()
+  ]
+  own = f'{socket.gethostname()} {os.getpid()}'.encode()
+  first = zlib.crc32(own) % max(1, len(tasks))
+  return tasks[first:] + tasks[:first]
+
+
+def _warn_of_memory(job: Job) -> None:
+  width = host.language_model(job.lmm.path).get('hidden_size', 0)
+  size = job.capture.buffer_bytes(width, len(job.lmm.layers))
+  if size > jobs.memory() / 2:
+    logging.warning(
+      'capture: two groups of %d samples, each of capture.max_tokens=%d, are '
+      '%.1f GB of rows in a process; this machine has %.1f GB. If samples are '
+      'that long, lower capture.group',
+      job.capture.group,
+      job.capture.max_tokens,
+      size / 1e9,
+      jobs.memory() / 1e9,
+    )
+
+
+# Who makes the groups.
+
+
+@contextlib.contextmanager
+def _crew(
+  job: Job, folder: pathlib.Path, tasks: int
+) -> Iterator[tuple[Callable[[int], workers.Worker], int, int]]:
+  """(start, count, attempts), as `workers.run` takes them."""
+  small = job.lmm.device == 'cpu' and folders.size(folder) <= SMALL_BYTES
+  opts, cores = job.capture, job.lmm.threads or host.cores()
+  if opts.workers == 'ray' and tasks:
+    _check_ray(job)
+    with ray_workers.cluster(opts) as ray:
+      count = opts.processes or ray_workers.fitting(ray, opts)
+      threads = job.lmm.threads or max(1, int(opts.ray_cpus))
+      make = _maker(job, threads=1 if small else threads)
+      yield (
+        lambda _: ray_workers.RayWorker(ray, opts, make),
+        count,
+        ray_workers.ATTEMPTS,
+      )
+    return
+  gpus = _gpus() if job.lmm.device == 'cuda' else 0
+  usual = min(cores, MAX_PROCESSES) if small else max(1, gpus)
+  count = min(opts.processes or usual, tasks)
+  threads = 1 if small else job.lmm.threads or max(1, cores // max(1, count))
+
+  def start(at: int) -> workers.Worker:
+    device = f'cuda:{at % gpus}' if gpus > 1 else job.lmm.device
+    make = _maker(job, threads, device)
+    return (
+      local_workers.Process(make) if count > 1 else local_workers.Thread(make)
+    )
+
+  yield start, count, ATTEMPTS
+
+
+def _maker(job: Job, threads: int, device: str = '') -> workers.Make:
+  """`make_group` of a process that has so many threads, and that device."""
+  lmm = dataclasses.replace(
+    job.lmm, threads=threads, device=device or job.lmm.device
+  )
+  return functools.partial(make_group, dataclasses.replace(job, lmm=lmm))
+
+
+def _check_ray(job: Job) -> None:
+  wants_gpu = job.lmm.device != 'cpu'
+  if wants_gpu != bool(job.capture.ray_gpus):
+    raise ValueError(
+      f'lmm.device is {job.lmm.device!r} and capture.ray_gpus '
+      f'{job.capture.ray_gpus}: Ray hides the GPUs from workers that take '
+      'none, and those that take some must use them'
+    )
+
+
+def _gpus() -> int:
+  import torch
+
+  return torch.cuda.device_count()
+
+
+# What every worker does.
+
+
+def make_group(
+  job: Job, task: Task, stopped: Callable[[], bool] = lambda: False
+) -> int:
+  """Makes a group and commits it, unless somebody has: its tokens, or 0.
+
+  Raises:
+    ValueError: the model, the data or the store cannot be had.
+  """
+  name, group = task
+  with _OPENING:
+    here = _opened(job)
+  store, capturer = here.stores[name], here.capturers[name]
+  with here.writing:
+    store.refresh()
+    if group in store.committed():
+      return 0
+  size, count = job.capture.group, len(capturer.split.rows)
+  samples = range(group * size, min((group + 1) * size, count))
+  rows = capturer.rows(samples, stopped)
+  with here.writing:
+    store.write_group(
+      group, rows.layers, rows.tokens, rows.samples, rows.rejects
+    )
+  return rows.seen
+
+
+@dataclasses.dataclass(frozen=True)
+class _Opened:
+  """The subject, the data and the stores, as one process has them open."""
+
+  stores: dict[str, ActivationStore]
+  capturers: dict  # of groups.Capturer, by split
+  writing: threading.Lock = dataclasses.field(default_factory=threading.Lock)
+
+
+_OPENING = threading.Lock()  # or two threads would load the model, each its own
+
+
+@functools.lru_cache(maxsize=1)
+def _opened(job: Job) -> _Opened:
+  subject = load_subject(job)
+  splits = {split.name: split for split in open_splits(job.data)}
+  stores = {
+    name: _store(job, subject, name, len(split.rows))
+    for name, split in splits.items()
+  }
+  turn = threading.Lock()
+  return _Opened(
+    stores,
+    {
+      name: dataclasses.replace(
+        capturer(job, subject, split),
+        save=None if name == 'train' else stores[name].keep,
+        turn=turn,
+      )
+      for name, split in splits.items()
+    },
+  )
+
+
+def load_subject(job: Job):
+  """The subject; torch is imported here and not before."""
+  from lmm_sae.lmm.llava import Subject
+
+  lmm = job.lmm
+  subject = Subject.load(lmm.path, lmm.device, lmm.dtype, lmm.threads)
+  for layer in lmm.layers:
+    subject.layer(layer)  # ValueError if there is none
+  if job.data.source in ('scenes', 'llava') and job.data.template == 'chat':
+    subject.chat('hello')  # without a chat template no row could be read
+  return subject
+
+
+def capturer(job: Job, subject, split: Split):
+  """The `groups.Capturer` of a split, which keeps no images."""
+  from lmm_sae.lmm.groups import Capturer
+
+  return Capturer(
+    subject=subject,
+    split=split,
+    layers=job.lmm.layers,
+    choice=job.capture.choice(split.name),
+    seed=job.data.seed,
+    mix=job.capture.mixed(split.name),
+    template=job.data.template,
+    save=None,
+    batch=job.capture.batch,
+    max_tokens=job.capture.max_tokens,
+  )
+
+
+def _store(job: Job, subject, name: str, size: int) -> ActivationStore:
   """The store of one split, open for writing."""
   opts = job.capture
   store = ActivationStore.create(
     job.workdir.acts(name),
     StoreMeta(
       split=name,
-      fingerprint=fingerprint,
+      model=subject.name,
+      fingerprint=folders.fingerprint(folders.resolve(job.lmm.path)),
       layers=job.lmm.layers,
+      layer_paths={str(at): subject.layer_path(at) for at in job.lmm.layers},
+      width=subject.width,
+      grid=subject.grid,
+      image_backend=subject.image_backend,
+      mixed=opts.mixed(name),
+      dtype=opts.store,
       config=job.settings,
-      **facts['meta'],
     ),
-    groups=math.ceil(size / opts.group),
+    groups=job.groups(size),
     group_rows=opts.group_rows,
     shard_rows=opts.shard_rows,
     chunk_rows=opts.chunk_rows,
   )
-  places.write_json(store.path / 'vocab.json', facts['vocab'])
+  if not (store.path / 'vocab.json').exists():
+    places.write_json(store.path / 'vocab.json', subject.vocab())
   return store
-
-
-def _done(job: Job, fingerprint: str) -> bool:
-  """Whether all splits stand, of this model; nothing is loaded to find out."""
-  stores = []
-  for name in SPLITS:
-    if not (job.workdir.acts(name) / 'meta.json').exists():
-      return False
-    stores.append(ActivationStore.open(job.workdir.acts(name), partial=True))
-  done = all(
-    store.complete
-    and store.meta.fingerprint == fingerprint
-    and store.meta.layers == job.lmm.layers
-    and store.meta.config == job.settings
-    for store in stores
-  )
-  for store in stores if done else ():
-    _check_not_empty(store)
-  return done
-
-
-def _check_not_empty(store: ActivationStore) -> None:
-  rejects = store.rejects()
-  if rejects:
-    logging.warning(
-      'capture: %s: %d samples rejected, see rejects.jsonl; the first: %s: %s',
-      store.path,
-      len(rejects),
-      rejects[0]['source'],
-      rejects[0]['reason'],
-    )
-  if not store.num_rows:
-    raise ValueError(
-      f'no sample of {store.path} could be read; the first, '
-      f'{rejects[0]["source"]}: {rejects[0]["reason"]}'
-    )
-
-
-# The processes that hold the subject.
-
-
-@contextlib.contextmanager
-def _processes(
-  job: Job, count: int, threads: int
-) -> Iterator[tuple[Callable[[], Any], Callable[[Sequence[Task]], Iterator]]]:
-  """(about, make): the subject's facts, and the rows of tasks, in order.
-
-  Args:
-    count: processes; 1: this one.
-    threads: of torch in each of them; 0: lmm.threads.
-  """
-  about = functools.partial(_about, job, threads)
-  if count == 1:
-    yield about, functools.partial(_make, job, threads)
-    return
-  pool = concurrent.futures.ProcessPoolExecutor(
-    count, multiprocessing.get_context('spawn'), _start
-  )
-  try:
-    yield (
-      lambda: pool.submit(about).result(),
-      functools.partial(pool.map, functools.partial(_make_one, job, threads)),
-    )
-  except BrokenProcessPool as error:
-    raise ValueError(
-      'a process of the capture died; if memory is short, lower '
-      'capture.batch, or set lmm.threads=1; then run capture again'
-    ) from error
-  finally:
-    pool.shutdown(cancel_futures=True)
-
-
-def _start() -> None:
-  """Makes a process end with its parent, however that ends."""
-  signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent says when
-  parent = multiprocessing.parent_process()
-
-  def watch() -> None:
-    multiprocessing.connection.wait([parent.sentinel])
-    os._exit(1)
-
-  threading.Thread(target=watch, daemon=True).start()
-
-
-@functools.cache
-def _subject(lmm: SubjectConfig, threads: int):
-  """The subject; torch is imported here and not before."""
-  from lmm_sae.lmm.llava import Subject
-
-  subject = Subject.load(
-    lmm.path, lmm.device, lmm.dtype, threads or lmm.threads
-  )
-  for layer in lmm.layers:
-    subject.layer(layer)  # ValueError if there is none
-  return subject
-
-
-@functools.cache
-def _capturer(job: Job, threads: int, name: str):
-  from lmm_sae.lmm.groups import Capturer
-
-  (split,) = (each for each in open_splits(job.data) if each.name == name)
-  return Capturer(
-    subject=_subject(job.lmm, threads),
-    split=split,
-    layers=job.lmm.layers,
-    folder=None if name == 'train' else job.workdir.acts(name),
-    batch=job.capture.batch,
-    group=job.capture.group,
-    max_tokens=job.capture.max_tokens,
-  )
-
-
-def _about(job: Job, threads: int) -> dict[str, Any]:
-  """What the store notes of the subject."""
-  subject = _subject(job.lmm, threads)
-  if job.data.source in ('scenes', 'llava'):
-    subject.chat('hello')  # without a chat template no row could be read
-  return {
-    'meta': {
-      'model': subject.name,
-      'layer_paths': {str(at): subject.layer_path(at) for at in job.lmm.layers},
-      'width': subject.width,
-      'grid': subject.grid,
-      'image_backend': subject.image_backend,
-    },
-    'vocab': subject.vocab(),
-  }
-
-
-def _make(job: Job, threads: int, tasks: Sequence[Task]) -> Iterator[Any]:
-  """The rows of these groups, in order."""
-  for name, group in itertools.groupby(tasks, key=lambda task: task[0]):
-    yield from _capturer(job, threads, name).groups([at for _, at in group])
-
-
-def _make_one(job: Job, threads: int, task: Task) -> Any:
-  (rows,) = _make(job, threads, [task])
-  return rows
 
 
 # The scenes, as a source.

@@ -1,28 +1,24 @@
-import hashlib
 import json
-import os
 import pathlib
-import signal
-import subprocess
-import sys
-import textwrap
 
 import numpy as np
 import pytest
 import torch
 import transformers
-from PIL import Image
 
-from experiments import base
-from lmm_sae.core.store import ActivationStore
 from lmm_sae.core.tokens import Kind
 from lmm_sae.core.workdir import Workdir
 from lmm_sae.stages import capture
 from tests.lmm import tiny_llava
-
-LAYERS = (0, 2)
-ROWS = 23
-BAD = (4, 11, 12)  # torn image, no conversation, role unknown
+from tests.stages import captures
+from tests.stages.captures import (
+  BAD,
+  LAYERS,
+  ROWS,
+  config_of,
+  digest,
+  stores,
+)
 
 
 @pytest.fixture(scope='module')
@@ -32,54 +28,12 @@ def model_folder(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def data(tmp_path_factory):
-  """A LLaVA-format file of odd images, texts without image and bad rows."""
-  folder = tmp_path_factory.mktemp('data')
-  rng = np.random.default_rng(3)
-  rows = []
-  for at in range(ROWS):
-    width, height = (int(n) for n in rng.integers(20, 140, 2))
-    pixels = rng.integers(0, 256, (height, width, 3), np.uint8)
-    Image.fromarray(pixels).save(folder / f'{at}.png')
-    value = ('<image>\nwhat is this?', 'where?\n<image>')[at % 2]
-    row = {
-      'id': f'id{at}',
-      'image': f'{at}.png',
-      'conversations': [
-        {'from': 'human', 'value': value},
-        {'from': 'gpt', 'value': 'a red cat ' * int(rng.integers(1, 5))},
-      ],
-    }
-    if at % 7 == 6:
-      del row['image']
-      row['conversations'][0]['value'] = 'how does it feel?'
-    rows.append(row)
-  (folder / f'{BAD[0]}.png').write_bytes(b'torn')
-  rows[BAD[1]]['conversations'] = []
-  rows[BAD[2]]['conversations'][0]['from'] = 'system'
-  path = folder / 'data.json'
-  path.write_text(json.dumps(rows))
-  return path
+  return captures.make_data(tmp_path_factory.mktemp('data'))
 
 
 @pytest.fixture
 def settings(model_folder, data):
   return config_of(model_folder, data)
-
-
-def config_of(model_folder, data):
-  config = base.get_config()
-  config.lmm.path = str(model_folder)
-  config.lmm.layers = LAYERS
-  config.lmm.threads = 1
-  config.data.source = 'llava'
-  config.data.path = str(data)
-  config.data.heldout = 0.4
-  config.capture.batch = 3
-  config.capture.group = 5
-  config.capture.max_tokens = 300
-  config.capture.shard_rows = 256
-  config.capture.chunk_rows = 32
-  return config
 
 
 @pytest.fixture(scope='module')
@@ -88,22 +42,6 @@ def whole(model_folder, data, tmp_path_factory):
   workdir = Workdir.of(tmp_path_factory.mktemp('whole'))
   capture.run(config_of(model_folder, data), workdir)
   return workdir
-
-
-def stores(workdir):
-  return {
-    name: ActivationStore.open(workdir.acts(name)) for name in capture.SPLITS
-  }
-
-
-def digest(workdir):
-  return {
-    str(file.relative_to(workdir.root)): hashlib.sha256(
-      file.read_bytes()
-    ).hexdigest()
-    for file in sorted(workdir.root.rglob('*'))
-    if file.is_file()
-  }
 
 
 def test_every_row_is_in_one_split_or_rejected(whole):
@@ -129,7 +67,9 @@ def test_a_reject_shifts_no_other_row(model_folder, data, whole, tmp_path):
   mended = tmp_path / 'mended.json'
   mended.write_text(json.dumps(rows))
   workdir = Workdir.of(tmp_path / 'run')
-  capture.run(config_of(model_folder, mended), workdir)
+  config = config_of(model_folder, mended)
+  config.data.image_root = str(data.parent)
+  capture.run(config, workdir)
   for before, after in zip(
     stores(whole).values(), stores(workdir).values(), strict=True
   ):
@@ -220,7 +160,7 @@ def test_a_second_run_changes_nothing_and_loads_nothing(
   whole, settings, monkeypatch
 ):
   before = digest(whole)
-  monkeypatch.setattr(capture, '_subject', None)
+  monkeypatch.setattr(capture, 'make_group', None)
   capture.run(settings, whole)
   assert digest(whole) == before
 
@@ -228,46 +168,6 @@ def test_a_second_run_changes_nothing_and_loads_nothing(
 def test_a_process_a_core_gives_the_same_bytes(whole, settings, tmp_path):
   workdir = Workdir.of(tmp_path)
   settings.lmm.threads = 2
-  capture.run(settings, workdir)
-  assert digest(workdir) == digest(whole)
-
-
-def test_a_killed_capture_resumes_byte_for_byte(
-  whole, settings, tmp_path, root
-):
-  script = textwrap.dedent(
-    """
-    import json, os, signal, sys
-    from ml_collections import ConfigDict
-    from lmm_sae.core.store import ActivationStore
-    from lmm_sae.core.workdir import Workdir
-    from lmm_sae.stages import capture
-    left = 2
-    append = ActivationStore._append
-    def counted(self, name, lines):
-      global left
-      end = append(self, name, lines)
-      left -= name == 'samples'
-      if left == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-      return end
-    ActivationStore._append = counted
-    config = ConfigDict(json.loads(sys.argv[1]))
-    capture.run(config, Workdir.of(sys.argv[2]))
-    """
-  )
-  config = settings.to_json()
-  done = subprocess.run(
-    [sys.executable, '-c', script, config, str(tmp_path)],
-    env=os.environ | {'PYTHONPATH': str(root)},
-    check=False,
-    capture_output=True,
-    text=True,
-  )
-  assert done.returncode == -signal.SIGKILL, done.stderr
-  workdir = Workdir.of(tmp_path)
-  partial = ActivationStore.open(workdir.acts('train'), partial=True)
-  assert len(partial.committed()) == 1
   capture.run(settings, workdir)
   assert digest(workdir) == digest(whole)
 
