@@ -55,7 +55,7 @@ class Rows:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Ready:
+class Ready:
   """A sample ready for the model.
 
   Attributes:
@@ -126,7 +126,7 @@ class Capturer:
       ValueError: the rows are not finite in the model's dtype.
       StoppedError: `stopped` said so.
     """
-    ready, rejects = self._read(samples, stopped)
+    ready, rejects = self.read(samples, stopped)
     batches = prefetch(self._batches(ready), AHEAD)
     first = list(itertools.islice(batches, 1))  # starts the thread
     with self.turn:
@@ -173,7 +173,7 @@ class Capturer:
       sum(len(each.tokens.token_T) for each in ready),
     )
 
-  def _batches(self, ready: Sequence[_Ready]) -> Iterator[_Batch]:
+  def _batches(self, ready: Sequence[Ready]) -> Iterator[_Batch]:
     """Samples of like length together, so that little is padding."""
     lengths = [len(each.tokens.token_T) for each in ready]
     order = sorted(range(len(ready)), key=lengths.__getitem__)
@@ -193,9 +193,9 @@ class Capturer:
 
   # Reading.
 
-  def _read(
+  def read(
     self, samples: Sequence[int], stopped: Callable[[], bool]
-  ) -> tuple[list[_Ready], list[dict[str, str]]]:
+  ) -> tuple[list[Ready], list[dict[str, str]]]:
     """The samples, in order, and those that cannot be captured."""
     ready, rejects, waiting = [], [], 0
     for sample in samples:
@@ -214,7 +214,7 @@ class Capturer:
         rejects.append({'source': name, 'reason': str(error)})
     return ready, rejects
 
-  def _ready(self, item: Item, sample: int, row: int, waits: bool) -> _Ready:
+  def _ready(self, item: Item, sample: int, row: int, waits: bool) -> Ready:
     images = _images(item)
     if not item.conversation:
       prompt = self.subject.bare(IMAGE * len(images))
@@ -251,7 +251,7 @@ class Capturer:
       more=tuple(pictures[1:]),
     )
     keep_N = self.choice.keep(self.seed, self.split.name, sample, tokens.kind_T)
-    return _Ready(row, record, tokens, keep_N, images if waits else [], waits)
+    return Ready(row, record, tokens, keep_N, images if waits else [], waits)
 
 
 def _images(item: Item) -> list[Image.Image]:
@@ -263,7 +263,7 @@ def _joined(arrays: Sequence[np.ndarray], dtype: Any, *columns: int):
 
 
 def _fields(
-  ready: Sequence[_Ready], order_N: np.ndarray
+  ready: Sequence[Ready], order_N: np.ndarray
 ) -> dict[str, np.ndarray]:
   """What the token maps say of the stored rows, in their final order."""
   maps = [(each.tokens, each.keep_N) for each in ready]
