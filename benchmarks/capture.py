@@ -1,12 +1,13 @@
 """The capture stage beside the model alone, on the same samples.
 
-    python -m benchmarks.capture [--cases=scenes1,scenes2,anyres] --out=FILE.json
+    python -m benchmarks.capture [--cases=scenes1,scenes2,anyres] --out=FILE
 
 Ours is the command itself, `lmm-sae capture`, to committed groups: samples read
-and tokenised, images processed, the forward stopped after the last hooked layer,
-rows mixed, written, synced and committed. A rival (`benchmarks.capture_rival`) is
-the image processor and the same forward over the same batches, with as many
-processes and threads, from images in memory, keeping nothing.
+and tokenised, images processed, the forward stopped after the last hooked
+layer, rows mixed, written, synced and committed. A rival
+(`benchmarks.capture_rival`) is the image processor and the same forward over
+the same batches, with as many processes and threads, from images in memory,
+keeping nothing.
 
 All are started, run until some groups are done (libraries are loaded then, and
 files are in the page cache), and are stopped (SIGSTOP). Then they take turns of
@@ -97,7 +98,7 @@ class Contender:
     self.groups: list[int] = []
     self.cpu: list[float] = []
     self._done = done
-    self._log = tempfile.TemporaryFile('w+')
+    self._log = tempfile.TemporaryFile('w+')  # noqa: SIM115 - see close
     variables = {
       'PYTHONPATH': str(ROOT),
       'OMP_NUM_THREADS': str(threads),

@@ -1,6 +1,6 @@
 """What it costs to store rows as int8 with a scale a row, instead of bfloat16.
 
-    python -m benchmarks.int8_cost [--config=experiments/tiny.py] --out=FILE.json
+    python -m benchmarks.int8_cost [--config=experiments/tiny.py] --out=FILE
 
 Captures the same samples as both, trains an SAE on each with the same settings
 and seed, and prints, by token kind, as FVU on a half that neither saw:

@@ -94,7 +94,8 @@ def pictures(
     Image.fromarray(_photograph(rng, wide, high)).save(
       folder / f'{at}.jpg', quality=90
     )
-  words = 'what colour is the thing in the middle of this picture?'.split()
+  words = 'what colour is the thing in the middle of this picture'
+  words = [*words.split(), '?']
   found = []
   for row in range(rows):
     asked = ' '.join(rng.choice(words, 8 + row % 40))

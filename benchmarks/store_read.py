@@ -2,16 +2,16 @@
 
     python -m benchmarks.store_read --folder=DIR_ON_THE_DISK --out=FILE.json
 
-For each width and dtype a store is written, and read again in turns, each from a
-page cache that was dropped:
+For each width and dtype a store is written, and read again in turns, each from
+a page cache that was dropped:
 
   sequential  the files of the layer, one after the other, in large pieces, as
               fast as the disk and the kernel's readahead give them
   blocks      `sae.data.Rows.read` of every block, in shuffled order, one at a
               time
   trainer     `sae.data.batches`, as a training step asks for them: shares that
-              read in threads of their own, pools whose rows are mixed, arrays on
-              the device; until every block was read once
+              read in threads of their own, pools whose rows are mixed, arrays
+              on the device; until every block was read once
 
 A rate is the layer's bytes over seconds, medians over the turns but the first,
 which warms what lies below the machine. Of writing, a committed group stands

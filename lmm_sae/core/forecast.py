@@ -113,6 +113,9 @@ def size(count: float) -> str:
 
 
 def span(seconds: float) -> str:
-  """Hours, or days where they are many."""
-  hours = seconds / 3600
-  return f'{hours:.3g} h' if hours < 48 else f'{hours / 24:.3g} days'
+  """In the unit that people read, seconds to days."""
+  for unit, length in (('s', 60), ('min', 60), ('h', 48)):
+    if seconds < length:
+      return f'{seconds:.3g} {unit}'
+    seconds /= 60
+  return f'{seconds * 60 / 24:.3g} days'

@@ -4,6 +4,7 @@ Nothing is loaded, and nothing is fetched: torch is imported only to ask for its
 devices, and on no machine is that more than seconds.
 """
 
+import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -121,6 +122,20 @@ def _fetched(path: str, folder: str = 'DIR') -> tuple[str, ...]:
     f'hf download {name or "OWNER/NAME"} --local-dir {folder}',
     f'--config.lmm.path={folder}',
   )
+
+
+def width(folder: pathlib.Path) -> int:
+  """D, by config.json; 0 where only transformers would know, and it is not."""
+  found = host.language_model(str(folder)).get('hidden_size', 0)
+  if not found and importlib.util.find_spec('transformers') is not None:
+    import transformers
+
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+      config = transformers.AutoConfig.from_pretrained(
+        folder, local_files_only=True
+      )
+      found = config.get_text_config().hidden_size
+  return found
 
 
 def parameters(folder: pathlib.Path) -> int | None:
@@ -247,14 +262,14 @@ def disk(place: Place, needed: float) -> tuple[str, list[Lack]]:
       f'{size(needed)} are to be written, {told}',
       (
         '--workdir or --config.acts on a larger disk, or acts=s3://BUCKET/RUN',
-        "--config.capture.keep=\"('all:0.05',)\" stores a share of the tokens",
+        '--config.capture.keep="(\'all:0.05\',)" stores a share of the tokens',
         '--config.capture.store=int8 halves it; --config.data.limit=N samples',
       ),
     )
   ]
 
 
-def data(job: Job, error: Exception) -> Lack:
+def data(job: Job, error: str) -> Lack:
   """What to do where the data cannot be opened."""
   source = job.data.source
   mend: tuple[str, ...] = ()
@@ -275,4 +290,4 @@ def data(job: Job, error: Exception) -> Lack:
     )
   elif source == 'images':
     mend = ('--config.data.path=FOLDER_OF_IMAGES',)
-  return Lack('data', str(error), mend)
+  return Lack('data', error, mend)

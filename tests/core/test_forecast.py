@@ -53,9 +53,18 @@ def test_sizes_are_told_in_the_unit_that_people_read(bytes_, text):
   assert forecast.size(bytes_) == text
 
 
-def test_many_hours_are_told_as_days():
-  assert forecast.span(5400) == '1.5 h'
-  assert forecast.span(3600 * 60) == '2.5 days'
+@pytest.mark.parametrize(
+  ('seconds', 'text'),
+  [
+    (4.25, '4.25 s'),
+    (90, '1.5 min'),
+    (5400, '1.5 h'),
+    (3600 * 47.9, '47.9 h'),
+    (3600 * 60, '2.5 days'),
+  ],
+)
+def test_a_time_is_told_in_the_unit_that_people_read(seconds, text):
+  assert forecast.span(seconds) == text
 
 
 def test_an_int8_row_has_a_byte_a_number_and_a_scale():
