@@ -12,12 +12,7 @@ from typing import Any, TypeVar
 
 from lmm_sae.core.items import Item
 from lmm_sae.core.llava_file import folder
-from lmm_sae.core.parquet import (
-  Columns,
-  LargeGroup,
-  ParquetFiles,
-  row_of,
-)
+from lmm_sae.core.parquet import Columns, LargeGroup, ParquetFiles, row_of
 from lmm_sae.core.remote_files import is_remote, patiently
 
 T = TypeVar('T')
@@ -47,7 +42,7 @@ def open_data(
   _datasets()  # brings pyarrow, too
   here = os.path.expanduser(path)
   if os.path.isfile(here):
-    return _local_file(here, subset, split, image_root)
+    return _local_file(here, subset, split, stream, image_root)
   if os.path.isdir(here):
     name, revision, root = here, None, image_root or here
   else:
@@ -74,10 +69,13 @@ def open_data(
     ),
   )
   # pictures that were downloaded as files lie in the cache
-  return HubDataset(rows, folder(root or str(datasets.config.HF_CACHE_HOME)))
+  cache = pathlib.Path(os.path.abspath(datasets.config.HF_CACHE_HOME))
+  return HubDataset(rows, folder(root) if root else cache)
 
 
-def _local_file(path: str, subset: str, split: str, image_root: str):
+def _local_file(
+  path: str, subset: str, split: str, stream: bool, image_root: str
+) -> 'ParquetFiles | HubDataset':
   if not path.endswith('.parquet'):
     raise ValueError(
       f'data.path {path} is no parquet file; a JSON file is data.source=llava'
@@ -89,6 +87,8 @@ def _local_file(path: str, subset: str, split: str, image_root: str):
   try:
     return ParquetFiles([path], root)
   except LargeGroup:
+    if stream:
+      raise
     datasets = _datasets()
     rows = _asked(
       path,

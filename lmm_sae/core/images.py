@@ -10,6 +10,7 @@ import errno
 import functools
 import io
 import os
+import re
 import stat
 import struct
 import warnings
@@ -57,6 +58,8 @@ _NAMES = {
   errno.ENXIO: 'is no regular file',
 }
 
+_QUIET = ('ignore', None, Warning, re.compile(r'PIL\.'), 0)
+
 
 def load(file: str | os.PathLike | BinaryIO) -> Image.Image:
   """The image of a file, or of its bytes: see `upright`.
@@ -71,8 +74,10 @@ def load(file: str | os.PathLike | BinaryIO) -> Image.Image:
     name, data = 'image in the data', file.read()
   if not data:
     raise ValueError(f'{name} has no bytes')
-  # Pillow says what it repairs; here a picture is had, or refused.
-  warnings.filterwarnings('ignore', module=r'PIL\.')
+  # Pillow says what it repairs; here a picture is had, or refused. To add the
+  # filter anew each time would let others' warnings be shown again and again.
+  if _QUIET not in warnings.filters:
+    warnings.filterwarnings('ignore', module=_QUIET[3].pattern)
   try:
     with Image.open(io.BytesIO(data), formats=_formats()) as image:
       _check_size(image)  # before anything is decoded

@@ -20,6 +20,15 @@ PIECE = 2**22  # bytes scanned at a time
 MAX_ROW = 2**28  # bytes of one row
 _SPACE = b' \t\r\n'
 _BOM = b'\xef\xbb\xbf'
+# Files that are taken for JSON by mistake, by their first bytes.
+_OTHERS = {
+  b'\x1f\x8b': 'compressed: unpack it',
+  b'\x28\xb5\x2f\xfd': 'compressed: unpack it',
+  b'PK\3\4': 'an archive: unpack it',
+  b'PAR1': 'parquet: that is data.source=hub',
+  b'\xff\xfe': 'UTF-16: write it as UTF-8',
+  b'\xfe\xff': 'UTF-16: write it as UTF-8',
+}
 
 # What is looked at outside strings: how much deeper each byte leads.
 _STEP = np.zeros(256, np.int8)
@@ -48,7 +57,11 @@ class LlavaFile:
     self._root = folder(image_root or str(file.parent))
     with open(file, 'rb') as opened:
       self._facts = _facts(opened)
-      start = len(_BOM) if opened.read(len(_BOM)) == _BOM else 0
+      head = opened.read(4)
+      for magic, what in _OTHERS.items():
+        if head.startswith(magic):
+          raise ValueError(f'data.path {path} is {what}')
+      start = len(_BOM) if head.startswith(_BOM) else 0
       opened.seek(start)
       first = _first(opened)
       opened.seek(start)

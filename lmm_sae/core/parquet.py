@@ -8,6 +8,7 @@ import collections
 import concurrent.futures
 import json
 import pathlib
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,18 +30,12 @@ class ParquetFiles:
   are left behind.
   """
 
-  def __init__(
-    self,
-    files: Sequence[str],
-    root: pathlib.Path | None,
-    limit: int = MAX_GROUP,
-  ):
+  def __init__(self, files: Sequence[str], root: pathlib.Path | None):
     """Reads the footers.
 
     Args:
       files: paths, or addresses hf://datasets/...
       root: folder of the images that rows name by path.
-      limit: bytes of the largest row group that is read as a whole.
 
     Raises:
       ValueError: a file is no parquet file, has other columns than the first or
@@ -64,15 +59,15 @@ class ParquetFiles:
     ]
     groups = [group for group in groups if group[2]]
     self.largest = max((size for *_, size in groups), default=0)
-    if self.largest > limit:
+    if self.largest > MAX_GROUP:
       raise LargeGroup(
         f'a row group of {self.largest} bytes is too large to be read as a '
-        f'whole (at most {limit}): set data.stream=False, or write the files '
-        'anew with smaller row groups'
+        f'whole (at most {MAX_GROUP}): set data.stream=False, or write the '
+        'files anew with smaller row groups'
       )
     self._groups = [(at, number) for at, number, *_ in groups]
     self._start_G = np.cumsum([0, *(rows for _, _, rows, _ in groups)])
-    self._held = collections.OrderedDict()
+    self.__setstate__({})
 
   @property
   def blocks(self) -> list[int]:
@@ -91,28 +86,40 @@ class ParquetFiles:
     return f'row {index}'
 
   def __getstate__(self) -> dict[str, Any]:
-    return self.__dict__ | {'_held': collections.OrderedDict()}
+    own = ('_held', '_lock')
+    return {k: v for k, v in self.__dict__.items() if k not in own}
+
+  def __setstate__(self, state: dict[str, Any]) -> None:
+    self.__dict__.update(state)
+    self._held = collections.OrderedDict()
+    self._lock = threading.Lock()
 
   def _table(self, group: int):
     """The row group, read or held; ValueError: its bytes are broken."""
-    if group not in self._held:
-      file, number = self._groups[group]
-      name, footer = self._files[file], self._footers[file]
-      names = self.columns.names
-      try:
-        found = remote_files.patiently(
-          name, lambda: _row_group(name, footer, number, names)
-        )
-      except ValueError as error:
-        found = ValueError(f'row group {number} of {name} is broken: {error}')
-      self._held[group] = found
-      while len(self._held) > KEPT:
-        self._held.popitem(last=False)
-    self._held.move_to_end(group)
-    found = self._held[group]
+    with self._lock:
+      if group not in self._held:
+        self._held[group] = self._read(group)
+        while len(self._held) > KEPT or (
+          len(self._held) > 1 and _size(self._held.values()) > MAX_GROUP
+        ):
+          self._held.popitem(last=False)
+      self._held.move_to_end(group)
+      found = self._held[group]
     if isinstance(found, ValueError):
       raise ValueError(str(found))
     return found
+
+  def _read(self, group: int):
+    """The row group as an Arrow table, or the ValueError that it is broken."""
+    file, number = self._groups[group]
+    name, footer = self._files[file], self._footers[file]
+    names = self.columns.names
+    try:
+      return remote_files.patiently(
+        name, lambda: _row_group(name, footer, number, names)
+      )
+    except ValueError as error:
+      return ValueError(f'row group {number} of {name} is broken: {error}')
 
 
 def row_of(table, at: int) -> dict[str, Any]:
@@ -187,6 +194,10 @@ def _row_group(file: str, footer, number: int, names: Sequence[str]):
   with remote_files.opened(file) as opened:
     read = pyarrow.parquet.ParquetFile(opened, metadata=footer, pre_buffer=True)
     return read.read_row_group(number, columns=list(names))
+
+
+def _size(tables) -> int:
+  return sum(t.nbytes for t in tables if not isinstance(t, ValueError))
 
 
 def _extent(group, names: Sequence[str]) -> tuple[int, int]:

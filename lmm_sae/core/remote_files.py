@@ -30,7 +30,7 @@ def patiently(file: str, read: Callable[[], T]) -> T:
     try:
       return read()
     except failures as error:
-      if _is_broken(error):
+      if _is_broken(error, file):
         if attempt == 0 and is_remote(file):
           continue  # what came over the network may be whole the next time
         raise ValueError(_line(error)) from error
@@ -59,8 +59,13 @@ def _failures(file: str) -> tuple[type[Exception], ...]:
   return (OSError, ValueError, errors.HTTPError)
 
 
-def _is_broken(error: Exception) -> bool:
+def _is_broken(error: Exception, file: str) -> bool:
   """Whether Arrow refuses what was read: its own errors have no number."""
+  if is_remote(file):
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.HTTPError):  # some are a ValueError, too
+      return False
   plain = type(error) is OSError and error.errno is None
   return plain or isinstance(error, ValueError)
 

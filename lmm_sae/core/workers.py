@@ -34,6 +34,10 @@ class StoppedError(Exception):
   """Nobody waits for this task any more."""
 
 
+class RefusedError(Exception):
+  """Neither this task nor another can be done now; the text says why."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Outcome:
   """How a task ended, in words that can be sent.
@@ -82,6 +86,7 @@ def attempt(make: Make, task: Task, stopped: Callable[[], bool]) -> Outcome:
     NotImplementedError,
     ImportError,
     ConnectionError,
+    RefusedError,
   ) as error:
     logging.debug('%s', traceback.format_exc())
     return Outcome(refused=wording.of(error) or 'no reason was given')

@@ -4,11 +4,12 @@ A group depends on nothing but the data, the model and the settings, so any
 process may make it, and make it again.
 """
 
+import contextlib
 import dataclasses
 import io
 import itertools
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -17,13 +18,13 @@ import torch
 from absl import logging
 from PIL import Image
 
-from lmm_sae.core import choice, records
+from lmm_sae.core import choice, records, wording
 from lmm_sae.core.choice import Choice
 from lmm_sae.core.prefetch import prefetch
 from lmm_sae.core.records import Picture
 from lmm_sae.core.sources import IMAGE, Item, Split
 from lmm_sae.core.tokens import TokenMap
-from lmm_sae.core.workers import StoppedError
+from lmm_sae.core.workers import RefusedError, StoppedError
 from lmm_sae.lmm.llava import Subject
 
 AHEAD = 3  # batches made ready while the model runs
@@ -78,7 +79,49 @@ class _Batch:
   """Samples of a group that go through the model together."""
 
   places: list[int]  # in the group's list of samples
+  keep: list[np.ndarray]  # positions whose rows are wanted
   inputs: Mapping[str, torch.Tensor]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Order:
+  """Where the rows of a group stand.
+
+  Attributes:
+    sample_N, position_N: of each row, in the final order.
+    order_N: row i is the row order_N[i] of those in the order of the samples;
+      place_N: its inverse.
+    starts: first row of each sample in the order of the samples, and the end.
+  """
+
+  sample_N: np.ndarray
+  position_N: np.ndarray
+  order_N: np.ndarray
+  place_N: np.ndarray
+  starts: list[int]
+
+  @classmethod
+  def of(
+    cls, ready: Sequence[Ready], seed: int, split: str, mix: bool
+  ) -> '_Order':
+    counts = [len(each.keep_N) for each in ready]
+    samples = np.array([each.record.sample for each in ready], np.int32)
+    sample_N = np.repeat(samples, counts)
+    position_N = _joined([each.keep_N for each in ready], np.int32)
+    order_N = np.arange(len(sample_N))
+    if mix:
+      order_N = choice.mixed(seed, split, sample_N, position_N)
+    return cls(
+      sample_N[order_N],
+      position_N[order_N],
+      order_N,
+      np.argsort(order_N),
+      [0, *itertools.accumulate(counts)],
+    )
+
+  def of_sample(self, place: int) -> np.ndarray:
+    """Where the rows of a sample stand, in order of position."""
+    return self.place_N[self.starts[place] : self.starts[place + 1]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,54 +167,51 @@ class Capturer:
 
     Raises:
       ValueError: the rows are not finite in the model's dtype.
+      RefusedError: the source cannot be reached.
       StoppedError: `stopped` said so.
     """
     ready, rejects = self.read(samples, stopped)
-    batches = prefetch(self._batches(ready), AHEAD)
-    first = list(itertools.islice(batches, 1))  # starts the thread
-    with self.turn:
-      starts = np.cumsum([0, *(len(each.keep_N) for each in ready)])
-      sample_N = np.repeat(
-        np.array([each.record.sample for each in ready], np.int32),
-        np.diff(starts),
-      )
-      position_N = _joined([each.keep_N for each in ready], np.int32)
-      order_N = place_N = np.arange(len(sample_N))
-      if self.mix:
-        order_N = choice.mixed(self.seed, self.split.name, sample_N, position_N)
-        place_N = np.argsort(order_N)
-      layers = {
-        layer: np.empty((len(sample_N), self.subject.width), ml_dtypes.bfloat16)
-        for layer in self.layers
-      }
-      for batch in itertools.chain(first, batches):
-        if stopped():
-          raise StoppedError
-        keep = [ready[place].keep_N for place in batch.places]
-        found = self.subject.rows(batch.inputs, self.layers, keep)
-        for place, rows in zip(batch.places, found, strict=True):
-          into = place_N[starts[place] : starts[place + 1]]
-          for layer, rows_ND in rows.items():
-            # As integers: numpy copies bfloat16 one number at a time.
-            layers[layer].view(np.int16)[into] = rows_ND.view(np.int16)
+    order = _Order.of(ready, self.seed, self.split.name, self.mix)
+    with contextlib.closing(prefetch(self._batches(ready), AHEAD)) as batches:
+      first = list(itertools.islice(batches, 1))  # starts the thread
+      with self.turn:
+        layers = self._run(itertools.chain(first, batches), order, stopped)
+    starts = [-1 if self.mix else start for start in order.starts]
     return Rows(
       layers,
       {
-        'sample': sample_N[order_N],
-        'position': position_N[order_N],
-        **_fields(ready, order_N),
+        'sample': order.sample_N,
+        'position': order.position_N,
+        **_fields(ready, order.order_N),
       },
       [
-        dataclasses.replace(
-          each.record,
-          start=-1 if self.mix else int(starts[at]),
-          stop=-1 if self.mix else int(starts[at + 1]),
+        dataclasses.replace(each.record, start=start, stop=stop)
+        for each, (start, stop) in zip(
+          ready, itertools.pairwise(starts), strict=True
         )
-        for at, each in enumerate(ready)
       ],
       rejects,
       sum(len(each.tokens.token_T) for each in ready),
     )
+
+  def _run(
+    self,
+    batches: Iterable[_Batch],
+    order: '_Order',
+    stopped: Callable[[], bool],
+  ) -> dict[int, np.ndarray]:
+    """{layer: [N, D]}, each row put where it is to stand as it comes."""
+    shape = (len(order.order_N), self.subject.width)
+    layers = {layer: np.empty(shape, np.int16) for layer in self.layers}
+    for batch in batches:
+      if stopped():
+        raise StoppedError
+      found = self.subject.rows(batch.inputs, self.layers, batch.keep)
+      for place, rows in zip(batch.places, found, strict=True):
+        for layer, rows_ND in rows.items():
+          # As integers: numpy copies bfloat16 one number at a time.
+          layers[layer][order.of_sample(place)] = rows_ND.view(np.int16)
+    return {at: x_ND.view(ml_dtypes.bfloat16) for at, x_ND in layers.items()}
 
   def _batches(self, ready: Sequence[Ready]) -> Iterator[_Batch]:
     """Samples of like length together, so that little is padding."""
@@ -186,7 +226,9 @@ class Capturer:
         for each in members
       ]
       yield _Batch(
-        places, self.subject.batch([each.tokens for each in members], images)
+        places,
+        [each.keep_N for each in members],
+        self.subject.batch([each.tokens for each in members], images),
       )
       for each in members:
         each.images.clear()
@@ -212,13 +254,18 @@ class Capturer:
         name = self.split.source.name(row)
         logging.debug('capture: %s is rejected: %s', name, error)
         rejects.append({'source': name, 'reason': str(error)})
+      except OSError as error:  # no fault of the row
+        raise RefusedError(
+          f'{self.split.source.name(row)} cannot be read now, which ends the '
+          f'capture: {wording.of(error)}. Run it again, it does the rest'
+        ) from error
     return ready, rejects
 
   def _ready(self, item: Item, sample: int, row: int, waits: bool) -> Ready:
     images = _images(item)
     if not item.conversation:
       prompt = self.subject.bare(IMAGE * len(images))
-    elif self.template == 'raw':
+    elif item.raw or self.template == 'raw':
       prompt = self.subject.raw(item.conversation, len(images))
     else:
       prompt = self.subject.conversation(item.conversation, len(images))

@@ -7,6 +7,7 @@ needed.
 
 import importlib.util
 import json
+import logging
 import pathlib
 from typing import Any
 
@@ -19,6 +20,10 @@ from lmm_sae.lmm.parts import VERSION
 from lmm_sae.lmm.prompt import Template
 
 DTYPES = ('float32', 'bfloat16', 'float16', 'int8')
+
+# What stays in bfloat16 where the decoder's weights have 8 bits.
+_WHOLE = ('lm_head', 'model.vision_tower', 'model.visual')
+_WHOLE += ('model.multi_modal_projector',)
 
 # What transformers raises for folders that lack a file or hold a broken one.
 _ERRORS = (
@@ -48,7 +53,7 @@ def load(
       folder, local_files_only=True
     )
     kind = FAMILIES[config.model_type]
-    _check_version(folder)
+    _check_config(folder)
     family = kind(config, _pixels(folder, kind))
     template = _template(folder, family)
     model, info = _model(folder, kind, device, dtype)
@@ -74,9 +79,15 @@ def _check(device: str, dtype: str) -> None:
     )
 
 
-def _check_version(folder: pathlib.Path) -> None:
-  """Before version 5 the base of the rotary embedding stood elsewhere."""
+def _check_config(folder: pathlib.Path) -> None:
+  """What transformers would pass over in silence is refused."""
   config = json.loads((folder / 'config.json').read_text())
+  if 'quantization_config' in config:
+    raise ValueError(
+      'its weights are quantised already: give the plain checkpoint, and set '
+      'lmm.dtype to int8 where memory is short'
+    )
+  # Before version 5 the base of the rotary embedding stood elsewhere.
   text = config.get('text_config', config)
   if VERSION < 5 and 'rope_parameters' in text and 'rope_theta' not in text:
     raise ValueError(
@@ -87,21 +98,32 @@ def _check_version(folder: pathlib.Path) -> None:
 
 
 def _model(folder: pathlib.Path, kind: type[Family], device: str, dtype: str):
+  """(model, what transformers says of its loading)."""
   options: dict[str, Any] = {}
-  if dtype == 'int8':
-    options['quantization_config'] = transformers.BitsAndBytesConfig(
-      load_in_8bit=True
-    )
-    options['device_map'] = {'': device}
   if device == 'auto':
     options['device_map'] = 'auto'
-  return getattr(transformers, kind.model).from_pretrained(
+  if dtype == 'int8':
+    # The residual stream overflows float16 in some models.
+    options['quantization_config'] = transformers.BitsAndBytesConfig(
+      load_in_8bit=True, llm_int8_skip_modules=list(_WHOLE)
+    )
+    options.setdefault('device_map', {'': device})
+    # It says at every product that its inputs are cast, as they must be.
+    logging.getLogger('bitsandbytes').setLevel(logging.ERROR)
+  model, info = getattr(transformers, kind.model).from_pretrained(
     folder,
     **options,
-    dtype=torch.float16 if dtype == 'int8' else getattr(torch, dtype),
+    dtype=torch.bfloat16 if dtype == 'int8' else getattr(torch, dtype),
     local_files_only=True,
     output_loading_info=True,
   )
+  if dtype == 'int8' and not _has_bytes(model):
+    raise ValueError('bitsandbytes left its weights as they were')
+  return model if options else model.to(device), info
+
+
+def _has_bytes(model: torch.nn.Module) -> bool:
+  return any(weight.dtype == torch.int8 for weight in model.parameters())
 
 
 def _pixels(folder: pathlib.Path, kind: type[Family]) -> Any:

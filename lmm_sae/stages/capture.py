@@ -361,6 +361,7 @@ class _Scenes:
   split: str
   seed: int
   count: int
+  blocks: None = None  # any order is as good
 
   def __len__(self) -> int:
     return self.count
@@ -375,9 +376,6 @@ class _Scenes:
 
 
 def _scenes(name: str, data: DataConfig) -> Split:
-  field = 'train' if name == 'train' else 'half'
   count = data.train if name == 'train' else data.half
-  if count < 1:
-    raise ValueError(f'data.{field} is {count}; it must be at least 1')
   count = min(count, data.limit or count)
   return Split(name, _Scenes(name, data.seed, count), range(count))

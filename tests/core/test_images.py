@@ -4,6 +4,7 @@ import contextlib
 import io
 import os
 import struct
+import warnings
 import zlib
 
 import hypothesis
@@ -286,6 +287,19 @@ def test_a_failing_disk_is_not_the_image_s_fault(tmp_path, monkeypatch):
   monkeypatch.setattr(images.os, 'open', fail)
   with pytest.raises(OSError, match='Input/output'):
     images.load(tmp_path / 'x.png')
+
+
+def test_pillow_s_warnings_are_silenced_once(recwarn):
+  warnings.simplefilter('error')
+  palette = png(8, 3, [bytes(7)] * 5, bytes(6), bytes(2), (7, 5))
+  for _ in range(3):
+    loaded(palette)
+    loaded(png(8, 0, [bytes(7)] * 5, size=(7, 5), more=b'II*\0' + b'\7' * 30))
+    filters = list(warnings.filters)
+  loaded(palette)
+  assert warnings.filters == filters
+  assert sum(each == images._QUIET for each in filters) == 1
+  assert not recwarn.list
 
 
 def written(kind):

@@ -368,7 +368,7 @@ def places(value, path=()):
 @hypothesis.given(row=st.sampled_from(GOOD), data=st.data())
 @hypothesis.settings(
   deadline=None,
-  max_examples=400,
+  max_examples=200,
   suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
 )
 def test_a_spoilt_row_is_an_item_or_a_reason(root, row, data):
@@ -392,7 +392,7 @@ def test_a_spoilt_row_is_an_item_or_a_reason(root, row, data):
 @hypothesis.given(value=odd)
 @hypothesis.settings(
   deadline=None,
-  max_examples=200,
+  max_examples=100,
   suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
 )
 def test_anything_at_all_is_an_item_or_a_reason(root, value):

@@ -1,5 +1,6 @@
 """LLaVA-format files: where rows lie in them, and that they stay there."""
 
+import gzip
 import json
 import os
 import pickle
@@ -140,7 +141,7 @@ tree = st.recursive(
 )
 @hypothesis.settings(
   deadline=None,
-  max_examples=200,
+  max_examples=100,
   suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
 )
 def test_rows_of_a_list_lie_where_json_says(
@@ -176,9 +177,12 @@ def test_quotes_and_backslashes_do_not_end_a_row(tmp_path):
     (b'[{"a": 1}', 'does not end'),
     (b'[1, 2] [3]', 'something follows the list, which ends at byte 5'),
     (b'[1]\n{"id": 1}', 'something follows'),
+    (gzip.compress(b'[1]'), 'is compressed: unpack it'),
+    ('[1]'.encode('utf-16'), 'is UTF-16'),
+    (b'PAR1', r'data\.source=hub'),
   ],
 )
-def test_a_list_that_is_none_is_refused(tmp_path, data, message):
+def test_a_file_of_anything_else_is_refused(tmp_path, data, message):
   with pytest.raises(ValueError, match=message):
     opened(tmp_path, data)
 

@@ -111,20 +111,15 @@ def test_any_process_splits_alike(root):
     'import json; from tests.core.test_split import *;'
     'print(json.dumps(sources.split(joined([7, 90, 4]), DataConfig(seed=9))))'
   )
-  found = [
-    json.loads(
-      subprocess.run(
-        [sys.executable, '-c', script],
-        cwd=root,
-        env=os.environ | {'PYTHONHASHSEED': seed, 'PYTHONPATH': str(root)},
-        check=True,
-        capture_output=True,
-      ).stdout
-    )
-    for seed in '12'
-  ]
+  told = subprocess.run(
+    [sys.executable, '-c', script],
+    cwd=root,
+    env=os.environ | {'PYTHONHASHSEED': '7', 'PYTHONPATH': str(root)},
+    check=True,
+    capture_output=True,
+  )
   here = sources.split(joined([7, 90, 4]), DataConfig(seed=9))
-  assert found == [here, here]
+  assert json.loads(told.stdout) == here
 
 
 @pytest.mark.parametrize('source', [Rows(2), joined([1, 1]), Rows(0, [])])

@@ -56,8 +56,8 @@ def looked(pixels, width, height):
   Of pixels' centres; where no pixel is of the picture, all are 0.
   """
   x, y, blue = pixels.movedim(-3, 0)
-  inside = blue > 250
-  x, y = x * width / 255, y * height / 255
+  inside = blue > 127  # black padding darkens all three alike
+  x, y = x * width / blue.clamp(1), y * height / blue.clamp(1)
   far = torch.full_like(x, 1e9)
   ends = [torch.where(inside, each, far).amin((-2, -1)) for each in (x, y)]
   ends += [torch.where(inside, each, -far).amax((-2, -1)) for each in (x, y)]

@@ -78,6 +78,13 @@ def pixels(name: str, **settings):
   return getattr(transformers, pil)(**settings)
 
 
+def processor(folder: str | pathlib.Path):
+  """The whole processor of a folder that has one, its images made by PIL."""
+  new = hasattr(transformers, 'LlavaNextImageProcessorPil')
+  how = {'backend': 'pil'} if new else {'use_fast': False}
+  return transformers.AutoProcessor.from_pretrained(folder, **how)
+
+
 def family(
   folder: str | pathlib.Path, name: str, seed: int = 0, chat: str = CHAT
 ) -> pathlib.Path:

@@ -16,11 +16,11 @@ ROWS = 23
 BAD = (4, 11, 12)  # torn image, no conversation, role unknown
 
 
-def make_data(folder: pathlib.Path) -> pathlib.Path:
+def make_data(folder: pathlib.Path, count: int = ROWS) -> pathlib.Path:
   """A LLaVA-format file of odd images, texts without image and bad rows."""
   rng = np.random.default_rng(3)
   rows = []
-  for at in range(ROWS):
+  for at in range(count):
     width, height = (int(n) for n in rng.integers(20, 140, 2))
     pixels = rng.integers(0, 256, (height, width, 3), np.uint8)
     Image.fromarray(pixels).save(folder / f'{at}.png')

@@ -165,13 +165,6 @@ def test_a_second_run_changes_nothing_and_loads_nothing(
   assert digest(whole) == before
 
 
-def test_a_process_a_core_gives_the_same_bytes(whole, settings, tmp_path):
-  workdir = Workdir.of(tmp_path)
-  settings.lmm.threads = 2
-  capture.run(settings, workdir)
-  assert digest(workdir) == digest(whole)
-
-
 def test_a_folder_of_images_is_captured_with_a_bare_prompt(
   settings, data, tmp_path
 ):
