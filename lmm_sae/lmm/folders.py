@@ -53,6 +53,20 @@ def resolve(path: str | os.PathLike) -> pathlib.Path:
   return folder
 
 
+def check_served(folder: pathlib.Path) -> None:
+  """Raises ValueError for a model that cannot be run in two halves.
+
+  `lmm.forward` runs the layers above an edit by themselves, and leaves their
+  positions to the decoder; Qwen's depend on where the image stood.
+  """
+  kind = json.loads((folder / 'config.json').read_text())['model_type']
+  if kind == 'qwen2_5_vl':
+    raise ValueError(
+      f'{folder} holds a {FAMILIES[kind]}, which can be captured but not '
+      'served: steer, attribute and evaluate in the loop need a LLaVA'
+    )
+
+
 def fingerprint(folder: pathlib.Path) -> str:
   """Tells models apart: a digest of the settings and samples of the weights."""
   digest = hashlib.sha256()

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from lmm_sae.core import host
 from lmm_sae.core.workdir import Workdir
-from lmm_sae.lmm import judges, serve
+from lmm_sae.lmm import folders, judges, serve
 from lmm_sae.lmm import sae as saes
 from lmm_sae.lmm.llava import Subject
 from lmm_sae.lmm.service import Service
@@ -33,11 +33,12 @@ def run(config: ConfigDict, workdir: Workdir) -> None:
   """Serves until SIGINT or SIGTERM.
 
   Raises:
-    ValueError: the model, an SAE or a judge cannot be loaded, or the address
-      needs a token.
+    ValueError: the model, an SAE or a judge cannot be loaded, the model cannot
+      be served, or the address needs a token.
     OSError: the port is taken.
   """
   lmm, opts = config.lmm, serve.ServerConfig(**config.server)
+  folders.check_served(folders.resolve(lmm.path))
   layers, device = tuple(lmm.layers), lmm.device
   judge = JudgeConfig(
     config.score.grounder, config.score.grounder_path, config.score.clip_path

@@ -90,6 +90,16 @@ def test_what_cannot_be_served_is_said_at_once(
     serve.run(config, Workdir.of(tmp_path))
 
 
+def test_a_model_of_other_positions_is_refused_before_it_is_loaded(
+  config, tmp_path
+):
+  folder = tiny_llava.family(tmp_path / 'qwen', 'qwen2_5_vl')
+  (folder / 'model.safetensors').unlink()
+  config.lmm.path = str(folder)
+  with pytest.raises(ValueError, match=r'a Qwen2\.5-VL, which can be captured'):
+    serve.run(config, Workdir.of(tmp_path / 'run'))
+
+
 def test_a_port_that_is_taken_is_named(config, tmp_path):
   with socket.socket() as taken:
     taken.bind(('127.0.0.1', 0))
