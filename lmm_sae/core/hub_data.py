@@ -5,6 +5,7 @@ is here, or that is streamed, is read in place (`core.parquet`); anything else
 is downloaded and converted by `datasets`, and mapped into memory.
 """
 
+import logging
 import os
 import pathlib
 from collections.abc import Callable, Mapping
@@ -49,7 +50,12 @@ def open_data(
     name, _, revision = path.partition('@')
     root = image_root
   files = _files(name, revision or None, subset, split)
-  parquet = all(file.endswith('.parquet') for file in files)
+  if stream and not files:
+    raise ConnectionError(
+      f'data.path {path} cannot be streamed: the hub is not reached. Set '
+      'data.stream=False for what its cache holds'
+    )
+  parquet = bool(files) and all(file.endswith('.parquet') for file in files)
   if stream and not parquet:
     raise ValueError(
       f'data.stream=True reads parquet files, and {files[0]} is none: set '
@@ -119,6 +125,8 @@ class HubDataset:
 
 
 def _datasets():
+  # else absl's handler shows which frameworks it has seen
+  logging.getLogger('datasets').setLevel(logging.WARNING)
   try:
     import datasets
   except ImportError as error:
@@ -129,7 +137,10 @@ def _datasets():
 def _files(
   name: str, revision: str | None, subset: str, split: str
 ) -> list[str]:
-  """The files of a split: paths, or addresses that name the commit."""
+  """The files of a split: paths, or addresses that name the commit.
+
+  None where the hub is not reached, and its cache holds the data.
+  """
   datasets = _datasets()
   builder = _asked(
     name,
@@ -138,8 +149,9 @@ def _files(
     ),
   )
   found: Mapping[str, Any] = builder.config.data_files or {}
-  _check_choice('split', split, [str(each) for each in found])
-  return [str(file) for file in found[split]]
+  known = found or builder.info.splits or {}
+  _check_choice('split', split, [str(each) for each in known])
+  return [str(file) for file in found[split]] if found else []
 
 
 def _asked(name: str, ask: Callable[[], T]) -> T:

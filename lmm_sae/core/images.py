@@ -23,6 +23,7 @@ from PIL import Image
 MAX_SIDE = 32767  # pixel boxes are stored as int16
 MAX_PIXELS = 89_478_485  # where Pillow warns of a bomb; 0.3 GB of RGB
 MAX_BYTES = 2**30  # of a file
+MAX_NAME = 300  # characters of a path that are shown
 # Those that hold pixels and nothing that is run; no guess by the suffix alone.
 FORMATS = (
   *('AVIF', 'BMP', 'DIB', 'GIF', 'ICO', 'JPEG', 'JPEG2000', 'MPO', 'PNG'),
@@ -69,7 +70,7 @@ def load(file: str | os.PathLike | BinaryIO) -> Image.Image:
     OSError: the disk or the machine fails, which is no fault of the image.
   """
   if isinstance(file, str | os.PathLike):
-    name, data = f'image {os.fspath(file)}', read(file)
+    name, data = f'image {_shown(file)}', read(file)
   else:
     name, data = 'image in the data', file.read()
   if not data:
@@ -119,7 +120,7 @@ def read(path: str | os.PathLike) -> bytes:
     ValueError: the name is wrong, or the file larger than MAX_BYTES.
     OSError: the disk fails.
   """
-  name = f'image {os.fspath(path)}'
+  name = f'image {_shown(path)}'
   try:
     # a pipe that nobody writes to would keep a plain open() waiting
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -128,7 +129,7 @@ def read(path: str | os.PathLike) -> bytes:
       raise
     raise ValueError(f'{name} {_NAMES[error.errno]}') from None
   except ValueError as error:  # a NUL, or a lone surrogate
-    raise ValueError(f'{path!a} is no path: {error}') from None
+    raise ValueError(f'{name}: that is no path: {error}') from None
   try:
     facts = os.fstat(handle)
     if stat.S_ISDIR(facts.st_mode):
@@ -143,6 +144,13 @@ def read(path: str | os.PathLike) -> bytes:
       return file.read()
   finally:
     os.close(handle)
+
+
+def _shown(path: str | os.PathLike) -> str:
+  """A path for people: never long, and always text."""
+  text = os.fspath(path)
+  text = text if len(text) <= MAX_NAME else f'{text[:MAX_NAME]}...'
+  return text.encode('utf-8', 'backslashreplace').decode()
 
 
 def _check_size(image: Image.Image) -> None:

@@ -52,11 +52,15 @@ class ParquetFiles:
           f'{name} has no column {", ".join(sorted(missing))}, which '
           f'{files[0]} has'
         )
+    # of all columns: Arrow ends the process over a column's spoilt statistics
     groups = [
-      (at, number, *_extent(footer.row_group(number), self.columns.names))
+      (at, number, group.num_rows, group.total_byte_size)
       for at, footer in enumerate(self._footers)
       for number in range(footer.num_row_groups)
+      for group in [footer.row_group(number)]
     ]
+    if any(rows < 0 for _, _, rows, _ in groups):
+      raise ValueError(f'a file of {files[0]} says it has fewer rows than none')
     groups = [group for group in groups if group[2]]
     self.largest = max((size for *_, size in groups), default=0)
     if self.largest > MAX_GROUP:
@@ -115,11 +119,15 @@ class ParquetFiles:
     name, footer = self._files[file], self._footers[file]
     names = self.columns.names
     try:
-      return remote_files.patiently(
+      found = remote_files.patiently(
         name, lambda: _row_group(name, footer, number, names)
       )
+      wanted = self._start_G[group + 1] - self._start_G[group]
+      if found.num_rows != wanted:
+        raise ValueError(f'it has {found.num_rows} rows, and says {wanted}')
     except ValueError as error:
       return ValueError(f'row group {number} of {name} is broken: {error}')
+    return found
 
 
 def row_of(table, at: int) -> dict[str, Any]:
@@ -198,17 +206,6 @@ def _row_group(file: str, footer, number: int, names: Sequence[str]):
 
 def _size(tables) -> int:
   return sum(t.nbytes for t in tables if not isinstance(t, ValueError))
-
-
-def _extent(group, names: Sequence[str]) -> tuple[int, int]:
-  """(rows, bytes of these columns) of a row group's metadata."""
-  columns = (group.column(at) for at in range(group.num_columns))
-  size = sum(
-    column.total_uncompressed_size
-    for column in columns
-    if column.path_in_schema.partition('.')[0] in names
-  )
-  return group.num_rows, size
 
 
 def _image_column(schema) -> str:

@@ -48,7 +48,9 @@ def load(
 
 def _load(value: Any, root: pathlib.Path | None) -> Loaded:
   if isinstance(value, Mapping):
-    if value.get('bytes') is not None:
+    if isinstance(value.get('bytes'), str):  # as JSON holds them
+      value = _base64(value['bytes'])
+    elif value.get('bytes') is not None:
       value = value['bytes']
     elif value.get('path') is not None:
       value = value['path']
@@ -97,8 +99,12 @@ def _data_url(value: str) -> bytes:
   head, comma, body = value.partition(',')
   if not comma or not head.endswith(';base64'):
     raise ValueError(f'image {ascii(head)[:80]} is no base64 data address')
+  return _base64(body)
+
+
+def _base64(text: str) -> bytes:
   try:
-    return base64.b64decode(body, validate=True)
+    return base64.b64decode(text, validate=True)
   except (binascii.Error, ValueError) as error:
     raise ValueError(f'its image is no base64: {error}') from error
 

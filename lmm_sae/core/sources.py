@@ -154,8 +154,8 @@ def split(source: Source, config: DataConfig) -> dict[str, list[int]]:
   """Which rows of a source are in train, a and b: seeded, and disjoint.
 
   Rows are shuffled in whole blocks, each ascending. With `data.limit` rows come
-  from as few blocks as hold so many. A block longer than 1/64 of what is taken
-  is cut, so that few blocks mix well, too. Each row taken is in one split.
+  from as few blocks as hold so many. A block longer than 1/64 of the data is
+  cut, so that few blocks mix well, too. Each row taken is in one split.
 
   Raises:
     ValueError: there are too few for a row in each.
@@ -189,7 +189,7 @@ def _order(
     left -= stop - start
     if not left:
       break
-  longest = max(1, limit // PIECES)
+  longest = max(1, count // PIECES)
   pieces = [
     np.arange(at, min(at + longest, stop))
     for start, stop in taken

@@ -14,7 +14,7 @@ import http.server
 import json
 import re
 import threading
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 
 class Hub:
@@ -80,6 +80,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     body = self.rfile.read(int(self.headers.get('Content-Length') or 0))
     path = unquote(urlsplit(self.path).path)
     self.hub.asked.append(f'{self.command} {path}')
+    if path.startswith('/cdn/'):
+      _, _, owner, repo, name = path.split('/', 4)
+      repo = f'{owner}/{repo}'
+      return self._resolve(self.hub.repos[repo], repo, name, cdn=True)
     match = re.fullmatch(
       r'(/api)?/datasets/(?P<repo>[^/]+/[^/]+)(/(?P<rest>.*))?', path
     )
@@ -126,7 +130,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     data = json.dumps(value).encode()
     self._say(200, data, {'Content-Type': 'application/json'})
 
-  def _resolve(self, files, repo, name):
+  def _resolve(self, files, repo, name, cdn=False):
     data = files.get(name)
     if data is None:
       return self._say(404, b'', {'X-Error-Code': 'EntryNotFound'})
@@ -138,6 +142,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     asked = self.headers.get('Range')
     if not asked:
       return self._say(200, data, headers)
+    if not cdn:  # where the hub keeps large files
+      where = f'{self.hub.url}/cdn/{quote(repo)}/{quote(name)}'
+      return self._say(302, b'', headers | {'Location': where})
     if self.hub.failing:
       self.hub.failing -= 1
       return self._say(503, b'')

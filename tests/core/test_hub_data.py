@@ -2,8 +2,10 @@
 
 import concurrent.futures
 import multiprocessing
+import os
 import sys
 import time
+from unittest import mock
 
 import pytest
 
@@ -167,6 +169,30 @@ def test_without_stream_the_files_are_kept(process):
   blocks, found = process(_read, {'path': 'owner/data'})
   assert blocks is None
   assert found == {at: (f'n{at}', at + 1) for at in range(20)}
+
+
+def _read_offline(*kinds):
+  """What `_read` gives, or raises, in a process that may ask no hub."""
+  context = multiprocessing.get_context('spawn')
+  with (
+    mock.patch.dict(os.environ, {'HF_HUB_OFFLINE': '1'}),
+    concurrent.futures.ProcessPoolExecutor(1, context) as pool,
+  ):
+    found = [pool.submit(_read, fields) for fields in kinds]
+    return [each.exception() or each.result() for each in found]
+
+
+def test_what_was_downloaded_is_read_without_a_hub(process):
+  fields = {'path': 'owner/data', 'subset': 'first'}
+  online = process(_read, fields)
+  offline, split, stream = process(
+    _read_offline, fields, fields | {'split': 'val'}, fields | {'stream': True}
+  )
+  assert offline == online
+  assert isinstance(split, ValueError)
+  assert "'val' is not in the data; there: train, test" in str(split)
+  assert isinstance(stream, ConnectionError)
+  assert 'cannot be streamed: the hub is not reached' in str(stream)
 
 
 def test_what_is_no_parquet_is_converted_and_not_streamed(process):

@@ -4,6 +4,7 @@ import base64
 import contextlib
 import copy
 import io
+import json
 import os
 
 import hypothesis
@@ -175,6 +176,7 @@ def test_parts_may_say_which_image_or_hold_it(root):
         {'type': 'image_url', 'image_url': {'url': address}},
         {'type': 'image', 'image': '2.png'},
         {'type': 'image', 'bytes': png((6, 1))},
+        {'image': {'bytes': address.partition(',')[2]}, 'type': 'image'},
         text('which?'),
       ]
     ),
@@ -186,6 +188,7 @@ def test_parts_may_say_which_image_or_hold_it(root):
     (4, 4),
     (7, 6),
     (6, 1),
+    (4, 4),
   ]
 
 
@@ -247,7 +250,7 @@ BAD = {
   'is none of AVIF': {'image': {'bytes': b'<svg>' * 9}, 'conversations': A},
   'does not exist': {'image': 'gone.png', 'conversations': A},
   'is a folder': {'image': 'sub', 'conversations': A},
-  'is no path: embedded null': {'image': 'a\0.png', 'conversations': A},
+  'that is no path: embedded null': {'image': 'a\0.png', 'conversations': A},
   'lies outside': {'image': '../out.png', 'conversations': A},
   'out.png lies outside': {'image': 'sub/../../out.png', 'conversations': A},
   'hosts lies outside': {'image': '/etc/hosts', 'conversations': A},
@@ -256,6 +259,7 @@ BAD = {
     'conversations': A,
   },
   'is no base64 data address': {'image': 'data:image/png', 'conversations': A},
+  'image is no base64': {'image': {'bytes': 'a/b.png'}, 'conversations': A},
   'its image is no base64': {
     'image': 'data:image/png;base64,a!',
     'conversations': A,
@@ -381,8 +385,11 @@ def test_a_spoilt_row_is_an_item_or_a_reason(root, row, data):
     for key in path[:-1]:
       inner = inner[key]
     inner[path[-1]] = data.draw(odd)
-  with contextlib.suppress(ValueError):  # refused, and nothing else
+  try:
     found = items.item(row, 'row', root)
+  except ValueError as error:  # refused, and nothing else
+    json.dumps(str(error), ensure_ascii=False).encode()
+  else:
     named = sum(words.count(items.IMAGE) for _, words in found.conversation)
     assert named == len(found.images)
     assert all(np.asarray(each.image).ndim == 3 for each in found.images)

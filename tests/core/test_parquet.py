@@ -1,5 +1,6 @@
 """Local parquet: every row in its place, and little read for it."""
 
+import collections
 import concurrent.futures
 import pickle
 
@@ -117,6 +118,29 @@ def test_a_broken_row_group_moves_no_other(folder):
     with pytest.raises(ValueError, match=r'row group 0 of .* is broken'):
       source[at]
   assert source[3].source == 'n3'
+
+
+def test_spoilt_files_are_refused_or_have_rows_and_reasons(folder):
+  whole = (folder / 'test-00000-of-00001.parquet').read_bytes()
+  path = folder / 'spoilt.parquet'
+  rng = np.random.default_rng(5)
+  outcomes = collections.Counter()
+  for _ in range(150):
+    data = bytearray(whole)
+    for at in rng.integers(1, len(data), 3):
+      data[-at] = rng.choice([0, 1, 127, 255])
+    path.write_bytes(data)
+    try:
+      source = opened(path)
+    except ValueError:
+      outcomes['refused'] += 1
+      continue
+    for at in range(min(len(source), 5)):
+      try:
+        outcomes[source[at].source] += 1
+      except ValueError:
+        outcomes['rejected'] += 1
+  assert {'refused', 'rejected', 'n0', 'n1'} <= set(outcomes)
 
 
 def test_a_file_that_is_gone_stops_the_run(folder):

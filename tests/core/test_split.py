@@ -74,7 +74,7 @@ def test_each_row_taken_is_in_one_split_and_blocks_stay_together(
   assert all(parts.values())
   assert parts == sources.split(source, config)
   if known:
-    longest = max(1, taken // sources.PIECES)
+    longest = max(1, source.count // sources.PIECES)
     block_of = np.repeat(np.arange(len(lengths)), lengths)
     blocks = block_of[order]
     whole = [lengths[at] for at in set(blocks.tolist())]
@@ -97,6 +97,7 @@ def test_a_limit_touches_few_blocks_of_many():
   parts = sources.split(source, DataConfig(limit=1000, seed=3))
   rows = np.concatenate([parts[name] for name in sources.SPLITS])
   assert len(set((rows // 100).tolist())) == 10
+  assert np.count_nonzero(np.diff(rows // 100)) == 9  # each is read once
 
 
 def test_few_blocks_are_cut_and_mixed():
