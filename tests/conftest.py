@@ -4,8 +4,10 @@ What jax and OpenMP read from the environment must stand there before they are
 imported, so this file sets it and imports neither.
 """
 
+import logging
 import os
 import pathlib
+import uuid
 
 import pytest
 
@@ -24,6 +26,39 @@ os.environ['XLA_FLAGS'] = ' '.join(
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
 os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
+
+
+@pytest.fixture(scope='session')
+def s3_server():
+  """The address of an S3 server on loopback, with the bucket `acts`."""
+  import boto3
+  from moto.server import ThreadedMotoServer
+
+  logging.getLogger('werkzeug').setLevel(logging.ERROR)
+  server = ThreadedMotoServer('127.0.0.1', port=0, verbose=False)
+  server.start()
+  url = 'http://{}:{}'.format(*server.get_host_and_port())
+  client = boto3.client(
+    's3',
+    endpoint_url=url,
+    region_name='us-east-1',
+    aws_access_key_id='key',
+    aws_secret_access_key='secret',
+  )
+  client.create_bucket(Bucket='acts')
+  yield url
+  server.stop()
+
+
+@pytest.fixture
+def s3(s3_server, monkeypatch) -> str:
+  """A prefix of a bucket on that server, which the environment names."""
+  monkeypatch.setenv('AWS_ENDPOINT_URL', s3_server)
+  monkeypatch.setenv('AWS_ACCESS_KEY_ID', 'key')
+  monkeypatch.setenv('AWS_SECRET_ACCESS_KEY', 'secret')
+  for name in ('AWS_ENDPOINT_URL_S3', 'AWS_PROFILE', 'AWS_SESSION_TOKEN'):
+    monkeypatch.delenv(name, raising=False)
+  return f's3://acts/{uuid.uuid4().hex}'
 
 
 @pytest.fixture

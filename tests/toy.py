@@ -129,6 +129,7 @@ def make_store(
   rows = group * 40
   store = ActivationStore.create(path, meta, groups, rows, rows, 40)
   records.write_json(path / 'vocab.json', VOCAB)
+  path = pathlib.Path(path)
   (path / 'images').mkdir(exist_ok=True)
   for g in range(groups):
     tokens, acts, samples = [], [], []

@@ -6,13 +6,15 @@ is what one read touches. What is not there is an error to read, never zeros.
 """
 
 import dataclasses
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import tensorstore as ts
 
 from lmm_sae.core import places
+from lmm_sae.core.place_errors import explained
 from lmm_sae.core.places import Place
 
 TOKENS = {  # name: (dtype, columns; 0 is a plain vector)
@@ -25,7 +27,11 @@ TOKENS = {  # name: (dtype, columns; 0 is a plain vector)
   'col': ('int16', 0),
   'box': ('int16', 4),
 }
-WIDTH = -1  # columns of a layer: D
+CODECS = [
+  {'name': 'bytes', 'configuration': {'endian': 'little'}},
+  {'name': 'crc32c'},
+]
+NOWHERE = 2**64 - 1  # in a shard's index: the chunk is not there
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,14 +90,10 @@ def shard_key(name: str, columns: int, shard: int) -> str:
 def metadata(dtype: str, columns: int, layout: Layout) -> dict[str, Any]:
   """The zarr3 metadata of an array."""
   tail = [columns] if columns else []
-  codecs = [
-    {'name': 'bytes', 'configuration': {'endian': 'little'}},
-    {'name': 'crc32c'},
-  ]
   sharding = {
     'chunk_shape': [layout.chunk_rows, *tail],
-    'codecs': codecs,
-    'index_codecs': codecs,
+    'codecs': CODECS,
+    'index_codecs': CODECS,
     'index_location': 'end',
   }
   regular = {'chunk_shape': [layout.shard_rows, *tail]}
@@ -118,7 +120,7 @@ def open_array(
     'metadata': metadata(dtype, columns, layout),
     # Of a damaged store zeros would look like data.
     'fill_missing_data_reads': False,
-    'store_data_equal_to_fill_value': True,
+    'recheck_cached_data': 'open',  # a shard is written once
   }
   try:
     return ts.open(
@@ -130,21 +132,72 @@ def open_array(
       write=create,
     ).result()
   except ValueError as error:
-    raise places.explained(error, place) from error
+    raise explained(error, str(place)) from error
 
 
-def encode(rows: np.ndarray, dtype: str, columns: int, layout: Layout) -> bytes:
-  """The file of a shard that begins with these rows and has no others."""
-  memory = ts.Context({'memory_key_value_store': {}})
-  one = dataclasses.replace(layout, groups=1, group_rows=layout.shard_rows)
-  spec = {
-    'driver': 'zarr3',
-    'kvstore': {'driver': 'memory'},
-    'metadata': metadata(dtype, columns, one),
-    'store_data_equal_to_fill_value': True,
-  }
-  array = ts.open(spec, context=memory, create=True).result()
-  rows = rows.astype(array.dtype.numpy_dtype, copy=False)
-  with ts.Transaction() as transaction:  # the shard is encoded once, whole
-    array.with_transaction(transaction)[: len(rows)] = rows
-  return array.kvstore[shard_key('', columns, 0)[1:]]
+class Encoder:
+  """Makes the files of an array's shards, a few chunks at a time.
+
+  A file is what the sharding codec makes of a shard that begins with the rows:
+  its chunks, each with its checksum, then an index of where they lie. One that
+  makes it from the whole shard holds it in memory four times over.
+  """
+
+  def __init__(self, dtype: str, columns: int, layout: Layout):
+    self._layout = layout
+    self._tail = [columns] if columns else []
+    self._rows = layout.chunk_rows
+    self._chunk = self._array([self._rows, *self._tail], dtype)
+    chunks = layout.shard_rows // layout.chunk_rows
+    self._index = self._array([chunks, 2], 'uint64')
+
+  def pieces(self, rows: np.ndarray) -> Iterator[bytes]:
+    """The file of a shard that begins with these rows and has no others."""
+    rows = rows.astype(self._chunk.dtype.numpy_dtype, copy=False)
+    index = np.full(self._index.shape, NOWHERE, np.uint64)
+    offset = 0
+    for chunk, at in enumerate(range(0, len(rows), self._rows)):
+      part = rows[at : at + self._rows]
+      if len(part) < self._rows:
+        part = np.pad(
+          part, [(0, self._rows - len(part))] + [(0, 0)] * bool(self._tail)
+        )
+      data = self._encoded(self._chunk, part)
+      index[chunk] = offset, len(data)
+      offset += len(data)
+      yield data
+    yield self._encoded(self._index, index)
+
+  def size(self, count: int) -> int:
+    """Bytes of the file of a shard with so many rows."""
+    chunk = (
+      self._rows
+      * math.prod(self._tail)
+      * self._chunk.dtype.numpy_dtype.itemsize
+      + 4
+    )
+    return (
+      -(-count // self._rows) * chunk + math.prod(self._index.shape) * 8 + 4
+    )
+
+  def _array(self, shape: list[int], dtype: str) -> ts.TensorStore:
+    """One chunk in memory, which is encoded as a shard's are."""
+    grid = {'name': 'regular', 'configuration': {'chunk_shape': shape}}
+    spec = {
+      'driver': 'zarr3',
+      'kvstore': {'driver': 'memory'},
+      'metadata': {
+        'shape': shape,
+        'data_type': dtype,
+        'fill_value': 0,
+        'chunk_grid': grid,
+        'codecs': CODECS,
+      },
+      'store_data_equal_to_fill_value': True,
+    }
+    context = ts.Context({'memory_key_value_store': {}})  # of its own
+    return ts.open(spec, context=context, create=True).result()
+
+  def _encoded(self, array: ts.TensorStore, values: np.ndarray) -> bytes:
+    array.write(values).result()
+    return array.kvstore['c' + '/0' * len(array.shape)]

@@ -78,7 +78,7 @@ class Part:
       name: np.zeros(latents, np.float32)
       for name in ('peak', 'peak_base', 'peak_image')
     }
-    self._rows = self._images = 0
+    self._rows = self._images = self._first = 0
     self._postings: list[dict[str, np.ndarray]] = []
     self._exemplars = Strongest(latents, shape.exemplars)
     self._texts = Strongest(latents, shape.texts)
@@ -89,7 +89,8 @@ class Part:
     """Adds the rows of whole samples, in order, none added before.
 
     Args:
-      tokens: the store's fields sample, position, token, kind, row, col, [N].
+      tokens: the store's fields sample, position, token, kind, image, row and
+        col, [N].
       vals_NK, idx_NK: the code of each row.
     """
     tokens = {name: field.astype(np.int64) for name, field in tokens.items()}
@@ -112,6 +113,7 @@ class Part:
       'samples': self._samples_M,
       'rows': np.int64(self._rows),
       'images': np.int64(self._images),
+      'first': np.int64(self._first),  # firings on first images' base views
       **self._peaks,
     }
     for name in self._postings[0] if self._postings else ():
@@ -151,8 +153,14 @@ class Part:
       np.maximum.at(self._peaks[name], some.latent, some.value)
 
   def _add_images(self, tokens: dict[str, np.ndarray], fired: Firings) -> None:
-    """Postings and exemplars: the base view, pooled; tiles beside it."""
+    """Postings and exemplars: the base view, pooled; tiles beside it.
+
+    Of a sample's first image: a map is of one picture.
+    """
     latents = self.shape.latents
+    other = tokens['image'] > 0
+    tokens = tokens | {'kind': np.where(other, Kind.PADDING, tokens['kind'])}
+    self._first += int((tokens['kind'][fired.row] == Kind.BASE).sum())
     kind, sample = tokens['kind'], tokens['sample']
     images, sizes = np.unique(sample[kind == Kind.BASE], return_counts=True)
     self._images += len(images)

@@ -36,11 +36,11 @@ def merge(
   path.mkdir(parents=True, exist_ok=True)
   stats, totals = _stats(parts, meta)
   posted = _write_postings(path, parts, meta, stats['images_fired'])
-  if posted != int(stats['fired_base'].sum()):
+  counted = sum(int(part['first']) for part in _load(parts))
+  if posted != counted:
     raise RuntimeError(
       f'{path}: the postings hold {posted} firings of the base view, but '
-      f'{stats["fired_base"].sum()} were counted: delete that folder and make '
-      'the index again'
+      f'{counted} were counted: delete that folder and make the index again'
     )
   _write_exemplars(path, _best(parts, 'images', meta, keep[0]), meta)
   _write_texts(path, _best(parts, 'texts', meta, keep[1]), meta, vocab)

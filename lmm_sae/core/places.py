@@ -22,19 +22,14 @@ from typing import Any
 
 import tensorstore as ts
 
+from lmm_sae.core import local_files
+from lmm_sae.core.place_errors import explained, unwritten
+
 SCHEMES = ('s3', 'gs')
 URL = re.compile(r'^([a-zA-Z][a-zA-Z0-9+.-]*)://(.*)$')
 RETRIES = {'max_retries': 6, 'initial_delay': '500ms', 'max_delay': '8s'}
 IN_FLIGHT = 64  # small objects that are read or deleted at a time
-NO_ROOM = (27, 28, 122)  # EFBIG, ENOSPC, EDQUOT
-REFUSED = re.compile(
-  r'PERMISSION_DENIED|UNAUTHENTICATED|AccessDenied|InvalidAccessKeyId'
-  r"|SignatureDoesNotMatch|ExpiredToken|credentials|http_response_code='40[13]'"
-)
 PAST_END = re.compile(r"OUT_OF_RANGE|byte range|'416'")
-NO_NETWORK = re.compile(
-  r'CURL error|[Cc]ould not (?:connect|resolve)|UNAVAILABLE|DEADLINE_EXCEEDED'
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +115,7 @@ class Place:
     except ValueError as error:
       if PAST_END.search(str(error)):  # it is empty
         return True
-      raise explained(error, self) from error
+      raise explained(error, str(self)) from error
 
   def read(self) -> bytes:
     """The whole file.
@@ -142,17 +137,31 @@ class Place:
     (found,) = read_all([self])
     return found
 
-  def write(self, data: bytes) -> None:
-    """Replaces the file in one step.
+  def write(self, data: bytes | Iterable[bytes]) -> int:
+    """Replaces the file in one step; of pieces, only a few are in memory.
+
+    A bucket takes a file as a whole, so there they all are.
+
+    Returns:
+      Its bytes.
 
     Raises:
       ValueError: it cannot be written.
     """
+    if self.local:
+      pieces = [data] if isinstance(data, bytes) else data
+      try:
+        return local_files.replace(self.url, pieces)
+      except OSError as error:
+        raise unwritten(str(self), error) from error
+    if not isinstance(data, bytes):
+      data = b''.join(data)
     root, key = self._split()
     try:
       _open(root, _settings()).write(key, data).result()
     except ValueError as error:
-      raise explained(error, self) from error
+      raise explained(error, str(self)) from error
+    return len(data)
 
   def holds(self, size: int) -> bool:
     """Whether the file is there and has exactly so many bytes (1 or more).
@@ -174,7 +183,7 @@ class Place:
     except ValueError as error:
       if PAST_END.search(str(error)):
         return False
-      raise explained(error, self) from error
+      raise explained(error, str(self)) from error
     return found.state == 'value' and len(found.value) == 1
 
   def list(self) -> list[str]:
@@ -186,7 +195,7 @@ class Place:
     try:
       return sorted(key.decode() for key in self.kvstore.list().result())
     except ValueError as error:
-      raise explained(error, self) from error
+      raise explained(error, str(self)) from error
 
   def delete(self) -> None:
     """Removes the file, if it is there."""
@@ -201,7 +210,7 @@ class Place:
     try:
       self.kvstore.delete_range(ts.KvStore.KeyRange()).result()
     except ValueError as error:
-      raise explained(error, self) from error
+      raise explained(error, str(self)) from error
     if self.local and os.path.isdir(self.url):
       with contextlib.suppress(OSError):  # another process writes there again
         os.rmdir(self.url)
@@ -229,7 +238,7 @@ def read_all(places: Iterable[Place]) -> list[bytes | None]:
       try:
         result = read.result()
       except ValueError as error:
-        raise explained(error, place) from error
+        raise explained(error, str(place)) from error
       found.append(result.value if result.state == 'value' else None)
   return found
 
@@ -250,7 +259,7 @@ def delete_all(places: Iterable[Place]) -> None:
       try:
         delete.result()
       except ValueError as error:
-        raise explained(error, place) from error
+        raise explained(error, str(place)) from error
 
 
 def _keyed(place: Place, method, *args) -> ts.Future:
@@ -264,9 +273,18 @@ def write_json(place: Place, value: Any) -> None:
   place.write(text.encode() + b'\n')
 
 
-CONTEXT = ts.Context(
-  {'s3_request_retries': RETRIES, 'gcs_request_retries': RETRIES}
-)
+def context(retries: dict[str, Any]) -> ts.Context:
+  """What all places and arrays share: how often requests are made again."""
+  return ts.Context(
+    {
+      's3_request_retries': retries,
+      'gcs_request_retries': retries,
+      'cache_pool': {'total_bytes_limit': 2**25},  # where shards have chunks
+    }
+  )
+
+
+CONTEXT = context(RETRIES)
 
 
 def _settings() -> tuple[tuple[str, str], ...]:
@@ -303,49 +321,4 @@ def _open(root: str, settings: tuple[tuple[str, str], ...]) -> ts.KvStore:
   try:
     return ts.KvStore.open(spec, context=CONTEXT).result()
   except ValueError as error:
-    raise explained(error, Place(root)) from error
-
-
-def explained(error: Exception, place: Place) -> ValueError:
-  """What a failure of TensorStore means, and what to do; without its pages."""
-  text = str(error)
-  code = re.search(r"os_error_code='(\d+)'", text)
-  status = text.split(':', 1)[0]
-  short = re.sub(r"\s*\[[a-z-]+_?[a-z_-]*='.*", '', text, flags=re.DOTALL)
-  if not place.local:
-    if 'NoSuchBucket' in text:
-      bucket = str(place._split()[0])
-      return ValueError(
-        f'{place}: the bucket {bucket} does not exist: make it, or change acts'
-      )
-    if REFUSED.search(text):
-      what = (
-        'AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE'
-        if place.url.startswith('s3:')
-        else 'GOOGLE_APPLICATION_CREDENTIALS'
-      )
-      return ValueError(
-        f'{place}: access is refused ({short[:200]}): set {what}'
-      )
-    if NO_NETWORK.search(text):
-      what = (
-        "AWS_ENDPOINT_URL (for a server that is not Amazon's) and AWS_REGION"
-        if place.url.startswith('s3:')
-        else 'the proxy'
-      )
-      return ValueError(
-        f'{place}: no server answers ({short[:200]}): check the network, and '
-        f'set {what}'
-      )
-  elif code and int(code[1]) in NO_ROOM:
-    return ValueError(
-      f'{place} cannot be written, {os.strerror(int(code[1])).lower()}: free '
-      'some, then run the same again'
-    )
-  elif status == 'PERMISSION_DENIED':
-    reason = os.strerror(int(code[1])) if code else 'permission denied'
-    return ValueError(
-      f'{place} cannot be read or written, {reason.lower()}: make its folder '
-      'writable, or change acts'
-    )
-  return ValueError(f'{place}: {short[:300]}')
+    raise explained(error, root) from error

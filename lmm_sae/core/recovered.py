@@ -48,7 +48,7 @@ class Loop:
   ):
     self._client, self._store, self.layer = client, store, layer
     self._kinds, self._mean_D, self._batch = tuple(kinds), mean_D, batch
-    found = spread([s for s in store.samples() if s.stop - s.start > 1], count)
+    found = spread([s for s in store.samples() if _length(store, s) > 1], count)
     self.samples = [s for s in found if _has_image(store, s)]
     self.skipped = len(found) - len(self.samples)
 
@@ -65,7 +65,7 @@ class Loop:
     """One row: with `rebuild` of the stored rows in the residual's place."""
 
     def rows(sample: Sample) -> tuple[np.ndarray]:
-      x_TD = self._store.read(self.layer, sample.start, sample.stop)
+      x_TD = self._store.read(self.layer, *self._store.span(sample))
       return (rebuild(x_TD.astype(np.float32)).astype(np.float32),)
 
     return self._ask((), rows)
@@ -84,7 +84,7 @@ class Loop:
     return found
 
   def _tokens(self, sample: Sample) -> dict[str, np.ndarray]:
-    return self._store.tokens(sample.start, sample.stop, ('token', 'kind'))
+    return self._store.tokens(*self._store.span(sample), ('token', 'kind'))
 
   def _text(self, sample: Sample, given: tuple[np.ndarray, ...]) -> Text:
     arrays = self._tokens(sample)
@@ -98,6 +98,11 @@ def spread(samples: Sequence[Sample], count: int) -> list[Sample]:
   return [samples[i] for i in at.round().astype(int)]
 
 
+def _length(store: ActivationStore, sample: Sample) -> int:
+  start, stop = store.span(sample)
+  return stop - start
+
+
 def _has_image(store: ActivationStore, sample: Sample) -> bool:
   """Whether what the sample's tokens look at can be had."""
   if sample.image:
@@ -106,7 +111,7 @@ def _has_image(store: ActivationStore, sample: Sample) -> bool:
     except (ValueError, OSError):  # it was moved away since
       return False
     return True
-  kind_T = store.tokens(sample.start, sample.stop, ('kind',))['kind']
+  kind_T = store.tokens(*store.span(sample), ('kind',))['kind']
   return not np.isin(kind_T, [int(kind) for kind in IMAGE]).any()
 
 

@@ -21,74 +21,32 @@ once `seal` has gathered its commits.
 """
 
 import bisect
-import dataclasses
+import collections
 import functools
 import io
 import json
 import os
-import re
-from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import tensorstore as ts
 from PIL import Image
 
-from lmm_sae.core import grid, images, places, records, store_rows
+from lmm_sae.core import (
+  grid,
+  images,
+  records,
+  store_meta,
+  store_rows,
+  store_write,
+)
 from lmm_sae.core.grid import TOKENS, Layout
 from lmm_sae.core.places import Place
-from lmm_sae.core.store_commits import Commits, parse
-from lmm_sae.core.tokens import Kind
+from lmm_sae.core.store_arrays import Arrays
+from lmm_sae.core.store_commits import Commits
+from lmm_sae.core.store_meta import StoreMeta
 
-FORMAT_VERSION = 2
-DAMAGE = re.compile(
-  r'DATA_LOSS|FAILED_PRECONDITION|OUT_OF_RANGE|is missing|byte range'
-)
-SHARDS = 2  # that are encoded and written at a time
-MEND = (
-  'run `lmm-sae doctor --workdir=... --config.doctor.drop=True`, then capture '
-  'again'
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class StoreMeta:
-  """What a store holds; two stores with equal meta hold equal rows.
-
-  Attributes:
-    split: train, a or b.
-    model: name of the subject.
-    fingerprint: of the subject's configuration and weights.
-    layers: hooked decoder layers, 0-based; layer_paths: where each was found in
-      the model, by layer as str.
-    width: D.
-    grid: (rows, cols) of the base view's patches; (0, 0) where it depends on
-      the image.
-    image_backend: which image processor made the pixels.
-    config: the fields of the run that decide what is stored.
-    mixed: whether the rows of a group are in no order; else they stand sample
-      after sample, by position.
-    dtype: how rows are kept: bfloat16, or int8 with a scale a row.
-  """
-
-  split: str
-  model: str
-  fingerprint: str
-  layers: tuple[int, ...]
-  layer_paths: dict[str, str]
-  width: int
-  grid: tuple[int, int]
-  image_backend: str
-  config: dict[str, Any] = dataclasses.field(default_factory=dict)
-  mixed: bool = False
-  dtype: str = 'bfloat16'
-
-  def __post_init__(self):
-    if self.dtype not in store_rows.DTYPES:
-      raise ValueError(
-        f'capture.store is {self.dtype!r}; it is one of {store_rows.DTYPES}'
-      )
+AHEAD = 4  # spans that are read at a time
 
 
 class ActivationStore:
@@ -100,10 +58,10 @@ class ActivationStore:
     self.path = path
     self.meta = meta
     self.layout = layout
-    self.fields = grid.fields(meta.layers, meta.width, meta.dtype)
+    fields = grid.fields(meta.layers, meta.width, meta.dtype)
+    self.arrays = Arrays(path, fields, layout)
     self._writes = writes
     self._commits = Commits(path)
-    self._arrays: dict[str, ts.TensorStore] = {}
 
   @classmethod
   def create(
@@ -125,24 +83,9 @@ class ActivationStore:
     """
     path = Place.of(path)
     layout = Layout(groups, group_rows, shard_rows, chunk_rows)
-    wanted = {
-      'format_version': FORMAT_VERSION,
-      **dataclasses.asdict(meta),
-      **dataclasses.asdict(layout),
-    }
-    wanted = json.loads(json.dumps(wanted))
-    found = _read_meta(path)
-    if found is None:
-      places.write_json(path / 'meta.json', wanted)
-    elif found != wanted:
-      raise ValueError(
-        f'{path} was captured with other settings ('
-        f'{"; ".join(_differences(found, wanted))}): use another workdir, '
-        'or delete that folder to capture again'
-      )
+    store_meta.claim(path, meta, layout)
     store = cls(path, meta, layout, writes=True)
-    for name, field in store.fields.items():
-      grid.open_array(path / name, *field, layout, create=True)
+    store.arrays.make()
     return store
 
   @classmethod
@@ -156,20 +99,12 @@ class ActivationStore:
         is not complete.
     """
     path = Place.of(path)
-    found = _read_meta(path)
-    if found is None:
-      raise ValueError(f'no activations at {path}: run `lmm-sae capture` first')
-    layout = Layout(
-      **{field.name: found[field.name] for field in dataclasses.fields(Layout)}
-    )
-    fields = {f.name: found[f.name] for f in dataclasses.fields(StoreMeta)}
-    fields['layers'] = tuple(fields['layers'])
-    fields['grid'] = tuple(fields['grid'])
-    store = cls(path, StoreMeta(**fields), layout, writes=False)
+    store = cls(path, *store_meta.read(path), writes=False)
     if not (partial or store.complete):
+      done, groups = len(store.committed()), store.layout.groups
       raise ValueError(
-        f'{path} is not complete ({len(store.committed())} of {layout.groups} '
-        'groups): run `lmm-sae capture` again, it does the rest'
+        f'{path} is not complete ({done} of {groups} groups): run `lmm-sae '
+        'capture` again, it does the rest'
       )
     return store
 
@@ -245,6 +180,30 @@ class ActivationStore:
     variance = sum(each['variance'] for each in found)
     return sum(each['error'] for each in found) / variance if variance else 0.0
 
+  def span(self, sample: records.Sample) -> tuple[int, int]:
+    """(start, stop) of a sample's rows: one for each token, by position.
+
+    Raises:
+      ValueError: they are mixed, or some were not kept; the message names the
+        field of capture that decides it.
+    """
+    if self.meta.mixed:
+      raise ValueError(
+        f'the rows of {self.path} are mixed; here those of a sample must stand '
+        'in order: use another split, or set capture.mix=False and capture in '
+        'another workdir'
+      )
+    rows = sample.stop - sample.start
+    if rows < sample.tokens:
+      train = self.meta.split == 'train'
+      field = 'capture.keep' if train else 'capture.keep_halves'
+      raise ValueError(
+        f'{self.path} holds {rows} of the {sample.tokens} tokens of sample '
+        f"{sample.sample}; here all are needed: set {field}=('all', 'bos') and "
+        'capture in another workdir'
+      )
+    return sample.start, sample.stop
+
   # Reading.
 
   def read(self, layer: int, start: int, stop: int) -> np.ndarray:
@@ -254,18 +213,33 @@ class ActivationStore:
       ValueError: the layer was not captured, a row is not committed, or a shard
         is missing or damaged; the message names its file.
     """
+    (x_ND,) = self.read_many(layer, [(start, stop)])
+    return x_ND
+
+  def read_many(
+    self, layer: int, spans: Iterable[tuple[int, int]]
+  ) -> Iterator[np.ndarray]:
+    """The rows of many spans, in order, a few of them read at a time.
+
+    Raises:
+      ValueError: as in `read`.
+    """
     if layer not in self.meta.layers:
       raise ValueError(
         f'layer {layer} is not in {self.path}, which holds {self.meta.layers}: '
         'set lmm.layers and capture again'
       )
-    self._check(start, stop)
-    if self.meta.dtype == 'bfloat16':
-      return self._read([f'layer_{layer}'], start, stop)[0]
-    codes_ND, scale_N = self._read(
-      [f'layer_{layer}', f'scale_{layer}'], start, stop
-    )
-    return store_rows.from_int8(codes_ND, scale_N)
+    names = [f'layer_{layer}']
+    if self.meta.dtype == 'int8':
+      names.append(f'scale_{layer}')
+    ahead: collections.deque = collections.deque()
+    for start, stop in spans:
+      self._check(start, stop)
+      ahead.append(self.arrays.begin(names, start, stop))
+      if len(ahead) == AHEAD:
+        yield _rows(ahead.popleft())
+    while ahead:
+      yield _rows(ahead.popleft())
 
   def tokens(
     self, start: int, stop: int, names: Sequence[str] = tuple(TOKENS)
@@ -276,7 +250,8 @@ class ActivationStore:
       ValueError: as in `read`.
     """
     self._check(start, stop)
-    return dict(zip(names, self._read(names, start, stop), strict=True))
+    found = self.arrays.begin(names, start, stop)()
+    return dict(zip(names, found, strict=True))
 
   @functools.cached_property
   def vocab(self) -> list[str]:
@@ -357,28 +332,17 @@ class ActivationStore:
       )
     if group in self.committed():
       return
-    arrays = {f'layer_{layer}': layers[layer] for layer in self.meta.layers}
-    arrays |= {name: tokens[name] for name in TOKENS}
-    count = len(tokens['sample'])
-    self._check_shapes(arrays, count)
-    base = group * self.layout.group_rows
-    samples = [self._placed(sample, group, count) for sample in samples]
+    values = {f'layer_{layer}': layers[layer] for layer in self.meta.layers}
+    values |= {name: tokens[name] for name in TOKENS}
+    store_write.check_shapes(self.arrays.fields, values, self.layout.group_rows)
+    count = len(values['sample'])
+    samples = [
+      store_write.placed(sample, self.meta, self.layout, group, count)
+      for sample in samples
+    ]
     rejects = [{**reject, 'group': group} for reject in rejects]
-    kinds = np.bincount(tokens['kind'], minlength=len(Kind))
-    sizes, rounding = self._write_rows(group, arrays, count)
-    line = {
-      'group': group,
-      'start': base,
-      'stop': base + count,
-      'samples': len(samples),
-      'rejects': len(rejects),
-      'kinds': {
-        kind.name.lower(): int(kinds[kind]) for kind in Kind if kinds[kind]
-      },
-      'bytes': sizes,
-    }
-    if self.meta.dtype == 'int8':
-      line['rounding'] = rounding
+    line = store_write.write(self.arrays, values, self.meta, self.layout, group)
+    line |= {'samples': len(samples), 'rejects': len(rejects)}
     self._commits.add(line, map(records.to_json, samples), rejects)
     self._forget()
 
@@ -402,109 +366,9 @@ class ActivationStore:
 
   # Inside.
 
-  def _write_rows(self, group, arrays, count):
-    """({array: bytes of each shard}, {layer: error and variance})."""
-    bos_N = arrays['kind'] == Kind.BOS
-    tasks = [
-      (name, shard, slice(start, stop))
-      for shard, start, stop in self.layout.spans(group, count)
-      for name in arrays
-    ]
-
-    def write(task) -> tuple[dict[str, int], store_rows.Spread]:
-      name, shard, at = task
-      return self._write_shard(name, shard, arrays[name][at], ~bos_N[at])
-
-    sizes = {name: [] for name in self.fields}
-    spreads = {str(layer): store_rows.Spread() for layer in self.meta.layers}
-    with ThreadPoolExecutor(SHARDS) as pool:
-      for (name, _, _), (size, spread) in zip(
-        tasks, pool.map(write, tasks), strict=True
-      ):
-        for each in size:
-          sizes[each].append(size[each])
-        if spread is not None:
-          spreads[name.removeprefix('layer_')].add(spread)
-    self._delete_rest(group, count)
-    return sizes, {layer: each.sums() for layer, each in spreads.items()}
-
-  def _write_shard(self, name, shard, rows, kept_N):
-    """({array: bytes of its file}, what int8 costs)."""
-    if name not in self._layers:
-      return {name: self._write_file(name, shard, rows)}, None
-    if self.meta.dtype == 'bfloat16':
-      rows = store_rows.bfloat16(rows)
-      return {name: self._write_file(name, shard, rows)}, None
-    codes_ND, scale_N = store_rows.to_int8(rows)
-    spread = store_rows.Spread.of(rows, codes_ND, scale_N, kept_N)
-    scale = name.replace('layer', 'scale')
-    return {
-      name: self._write_file(name, shard, codes_ND),
-      scale: self._write_file(scale, shard, scale_N),
-    }, spread
-
-  def _write_file(self, name: str, shard: int, rows: np.ndarray) -> int:
-    dtype, columns = self.fields[name]
-    data = grid.encode(rows, dtype, columns, self.layout)
-    (self.path / grid.shard_key(name, columns, shard)).write(data)
-    return len(data)
-
-  def _delete_rest(self, group: int, count: int) -> None:
-    """Removes what an earlier capture left past a group's rows."""
-    places.delete_all(
-      self.path / key for key in self.shard_files(group, count, beyond=True)
-    )
-
-  def shard_files(
-    self, group: int, count: int, beyond: bool = False
-  ) -> list[str]:
-    """The files of the shards that hold a group's first `count` rows.
-
-    With `beyond`, of the group's other shards.
-    """
-    first = group * self.layout.group_rows // self.layout.shard_rows
-    used = first + -(-count // self.layout.shard_rows)
-    last = first + self.layout.group_rows // self.layout.shard_rows
-    shards = range(used, last) if beyond else range(first, used)
-    return [
-      grid.shard_key(name, columns, shard)
-      for shard in shards
-      for name, (_, columns) in self.fields.items()
-    ]
-
-  def _placed(self, sample, group: int, count: int) -> records.Sample:
-    """The sample with its group, its rows counted from the store's first."""
-    span = (sample.start, sample.stop)
-    if self.meta.mixed:
-      if span != (-1, -1):
-        raise ValueError(
-          f'sample {sample.sample} has rows {span} in a mixed store, where '
-          'both are -1'
-        )
-      return dataclasses.replace(sample, group=group)
-    if not 0 <= span[0] <= span[1] <= count:
-      raise ValueError(
-        f'sample {sample.sample} has rows {span} of a group of {count}'
-      )
-    base = group * self.layout.group_rows
-    return dataclasses.replace(
-      sample, group=group, start=base + span[0], stop=base + span[1]
-    )
-
   def _check_writes(self) -> None:
     if not self._writes:
       raise ValueError(f'{self.path} is open for reading')
-
-  def _check_shapes(self, arrays, count):
-    if count > self.layout.group_rows:
-      raise ValueError(
-        f'{count} rows do not fit a group of {self.layout.group_rows}'
-      )
-    for name, rows in arrays.items():
-      _, columns = self.fields[name]
-      shape = (count, columns) if columns else (count,)
-      if rows.shape != shape:
-        raise ValueError(f'{name} has shape {rows.shape}, not {shape}')
 
   def _check(self, start: int, stop: int) -> None:
     at = bisect.bisect_right(self.ranges, (start, float('inf'))) - 1
@@ -514,75 +378,13 @@ class ActivationStore:
         'range: read within `ranges`'
       )
 
-  def _read(self, names, start: int, stop: int) -> list[np.ndarray]:
-    futures = [self._array(name)[start:stop].read() for name in names]
-    found = []
-    for name, future in zip(names, futures, strict=True):
-      try:
-        found.append(future.result())
-      except ValueError as error:
-        raise self._damaged(name, start, stop, error) from error
-    return found
-
-  def _damaged(self, name, start, stop, error) -> ValueError:
-    """What is wrong with the rows of an array that could not be read."""
-    if not DAMAGE.search(str(error)):
-      return places.explained(error, self.path / name)
-    rows, (_, columns) = self.layout.shard_rows, self.fields[name]
-    for shard in range(start // rows, -(-stop // rows)):
-      first, last = max(start, shard * rows), min(stop, (shard + 1) * rows)
-      try:
-        self._array(name)[first:last].read().result()
-      except ValueError as again:
-        place = self.path / grid.shard_key(name, columns, shard)
-        what = (
-          'missing'
-          if not place.exists()
-          else ('damaged (' + str(again).rsplit(': ', 1)[-1][:120] + ')')
-        )
-        return ValueError(f'{place} is {what}: {MEND}')
-    return places.explained(error, self.path / name)
-
-  def _array(self, name: str) -> ts.TensorStore:
-    if name not in self._arrays:
-      self._arrays[name] = grid.open_array(
-        self.path / name, *self.fields[name], self.layout
-      )
-    return self._arrays[name]
-
-  @property
-  def _layers(self) -> set[str]:
-    return {f'layer_{layer}' for layer in self.meta.layers}
-
   def _forget(self) -> None:
     """Of what is committed, reads again when asked."""
     for name in ('manifest', 'ranges', '_samples'):
       self.__dict__.pop(name, None)
 
 
-def _read_meta(path: Place) -> dict[str, Any] | None:
-  data = (path / 'meta.json').read_if_there()
-  if data is None:
-    return None
-  found = parse(data, path / 'meta.json')
-  version = found.get('format_version')
-  if version != FORMAT_VERSION:
-    raise ValueError(
-      f'{path} has format_version {version}; this program reads '
-      f'{FORMAT_VERSION}: capture again in another workdir'
-    )
-  return found
-
-
-def _differences(found: Any, wanted: Any, name: str = '') -> list[str]:
-  """The fields in which two metas differ, as `name: found, now wanted`."""
-  if not (isinstance(found, dict) and isinstance(wanted, dict)):
-    return [] if found == wanted else [f'{name}: {found!r}, now {wanted!r}']
-  names = sorted(found.keys() | wanted.keys())
-  return [
-    text
-    for key in names
-    for text in _differences(
-      found.get(key), wanted.get(key), f'{name}.{key}' if name else key
-    )
-  ]
+def _rows(end: Callable[[], list[np.ndarray]]) -> np.ndarray:
+  """The rows of a layer, bfloat16 [N, D], from what ends their reading."""
+  rows_ND, *scale_N = end()
+  return store_rows.from_int8(rows_ND, *scale_N) if scale_N else rows_ND

@@ -23,15 +23,33 @@ from lmm_sae.core import places
 from lmm_sae.core.places import Place
 
 Line = dict[str, Any]
+MEND = (
+  'run `lmm-sae doctor --workdir=... --config.doctor.drop=True`, then capture '
+  'again'
+)
 NAME = re.compile(r'\d+\.json')
+LINE = ('group', 'start', 'stop', 'samples', 'rejects', 'kinds', 'bytes')
+KEYS = {  # what must be there
+  'manifest': LINE,
+  'samples': ('group', 'sample'),
+  'rejects': ('group', 'source', 'reason'),
+  'commit': ('manifest', 'samples', 'rejects'),
+}
 FILES = ('samples', 'rejects', 'manifest')  # in the order they are sealed
 
 
 class Commits:
-  """The committed groups of the store at a place."""
+  """The committed groups of the store at a place.
 
-  def __init__(self, path: Place):
+  Args:
+    path: of the store.
+    torn: where to note what is damaged, as (file, why), and go on without it;
+      None: it is an error.
+  """
+
+  def __init__(self, path: Place, torn: list[tuple[Place, str]] | None = None):
     self._path = path
+    self._torn = torn
     self._sealed: dict[int, Line] = {}  # by manifest.jsonl
     self._loose: dict[int, Line | None] = {}  # by groups/; None: not read yet
     self.refresh()
@@ -54,12 +72,17 @@ class Commits:
     """The committed groups."""
     return self._sealed.keys() | self._loose.keys()
 
+  def sealed(self) -> set[int]:
+    """Those that manifest.jsonl lists."""
+    return set(self._sealed)
+
   def lines(self) -> dict[int, Line]:
     """The manifest line of each committed group, in order."""
     unread = [group for group, line in self._loose.items() if line is None]
     for group, commit in self._commits(unread):
       self._loose[group] = commit['manifest']
-    return dict(sorted({**self._loose, **self._sealed}.items()))
+    found = {**self._loose, **self._sealed}
+    return {at: line for at, line in sorted(found.items()) if line is not None}
 
   def samples(self) -> list[Line]:
     return self._gather('samples')
@@ -94,13 +117,17 @@ class Commits:
     (self._path / 'groups').delete_below()
 
   def drop(self, groups: Iterable[int]) -> None:
-    """Uncommits groups; their rows are left to who asks."""
+    """Uncommits groups, and leaves out what is torn; rows are left to others.
+
+    What uncommits comes first, so that a drop may be killed and done again.
+    """
     gone = set(groups)
     lines = {at: line for at, line in self.lines().items() if at not in gone}
     sealed = self._sealed.keys() & gone
     samples, rejects = self.samples(), self.rejects()
     places.delete_all(self._object(group) for group in sorted(gone))
-    if sealed:
+    sealed_files = {self._path / f'{name}.jsonl' for name in FILES}
+    if sealed or sealed_files & {place for place, _ in self._torn or ()}:
       kept = {at: lines[at] for at in self._sealed if at not in gone}
       self._write(
         kept,
@@ -116,16 +143,35 @@ class Commits:
     return self._path / 'groups' / f'{group:06d}.json'
 
   def _read_sealed(self) -> None:
-    self._sealed = {
-      line['group']: line for line in read_lines(self._path / 'manifest.jsonl')
-    }
+    self._sealed = {line['group']: line for line in self._read('manifest')}
+
+  def _read(self, name: str) -> list[Line]:
+    """The lines of one of the three files, [] where there is none."""
+    place = self._path / f'{name}.jsonl'
+    data = place.read_if_there() or b''
+    texts = (text for text in data.split(b'\n') if text)
+    return self._parsed(texts, place, name)
+
+  def _parsed(
+    self, texts: Iterable[bytes], place: Place, kind: str
+  ) -> list[Line]:
+    found = []
+    for text in texts:
+      try:
+        found.append(parse(text, place, KEYS[kind]))
+      except ValueError as error:
+        if self._torn is None:
+          raise
+        self._torn.append((place, str(error.__cause__ or error)))
+    return found
 
   def _commits(self, groups: list[int]) -> Iterable[tuple[int, Line]]:
     """The commit objects of groups; those that were sealed meanwhile leave."""
     data = places.read_all(self._object(group) for group in groups)
     for group, text in zip(groups, data, strict=True):
       if text is not None:
-        yield group, parse(text, self._object(group))
+        for commit in self._parsed([text], self._object(group), 'commit'):
+          yield group, commit
         continue
       self._read_sealed()
       if group not in self._sealed:
@@ -143,9 +189,7 @@ class Commits:
       for line in commit[name]
     ]  # first, since what was sealed meanwhile is in the file by now
     found += [
-      line
-      for line in read_lines(self._path / f'{name}.jsonl')
-      if line['group'] in self._sealed
+      line for line in self._read(name) if line['group'] in self._sealed
     ]
     return sorted(found, key=lambda line: line['group'])
 
@@ -166,29 +210,21 @@ class Commits:
       (self._path / f'{name}.jsonl').write(text.encode())
 
 
-def read_lines(place: Place) -> list[Line]:
-  """The objects of a JSON-lines file, [] where there is none.
-
-  Raises:
-    ValueError: a line is no JSON.
-  """
-  data = place.read_if_there() or b''
-  return [parse(line, place) for line in data.split(b'\n') if line]
-
-
-def parse(text: bytes, place: Place) -> Line:
-  """A JSON object.
+def parse(
+  text: bytes, place: Place, keys: Iterable[str] = (), mend: str = MEND
+) -> Line:
+  """A JSON object that has these keys; `mend` says what to do else.
 
   Raises:
     ValueError: it is none; the message names the file.
   """
   try:
-    return json.loads(text)
+    found = json.loads(text)
+    if not isinstance(found, dict) or not set(keys) <= found.keys():
+      raise ValueError(f'no object with {", ".join(keys)}')
   except ValueError as error:
-    raise ValueError(
-      f'{place} is damaged, {error}: run `lmm-sae doctor --workdir=... '
-      '--config.doctor.drop=True`, then capture again'
-    ) from error
+    raise ValueError(f'{place} is damaged, {error}: {mend}') from error
+  return found
 
 
 def _dumps(line: Any) -> str:

@@ -13,26 +13,7 @@ import numpy as np
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 DTYPES = ('bfloat16', 'int8')
 STEPS = 127
-PIECE = 2**22  # elements that are worked on at a time
-
-
-def bfloat16(x_ND: np.ndarray, /) -> np.ndarray:
-  """Rounded to the nearest, ties to even; as it is, if it is bfloat16.
-
-  Through integers: numpy rounds bfloat16 element by element.
-  """
-  if x_ND.dtype == BFLOAT16:
-    return x_ND
-  x_ND = np.ascontiguousarray(x_ND, np.float32)
-  if not np.isfinite(x_ND).all():
-    return x_ND.astype(BFLOAT16)
-  bits_ND = x_ND.view(np.uint32)
-  odd_ND = bits_ND >> 16
-  odd_ND &= 1
-  odd_ND += bits_ND
-  odd_ND += 0x7FFF
-  odd_ND >>= 16
-  return odd_ND.astype(np.uint16).view(BFLOAT16)
+PIECE = 2**18  # elements that are worked on at a time
 
 
 def to_int8(x_ND: np.ndarray, /) -> tuple[np.ndarray, np.ndarray]:
@@ -68,7 +49,7 @@ def from_int8(codes_ND: np.ndarray, scale_N: np.ndarray, /) -> np.ndarray:
   x_ND = np.empty(codes_ND.shape, BFLOAT16)
   for at in _pieces(codes_ND):
     x = np.multiply(codes_ND[at], scale_N[at, None], dtype=np.float32)
-    x_ND[at] = bfloat16(x)
+    x_ND[at] = x.astype(BFLOAT16)
   return x_ND
 
 

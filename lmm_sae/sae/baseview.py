@@ -1,4 +1,7 @@
-"""Activations on the base view of single images, encoded when asked for."""
+"""Activations on the base view of single images, encoded when asked for.
+
+Of a sample with several images, the first one's: a map is of one picture.
+"""
 
 import functools
 
@@ -26,11 +29,14 @@ class BaseView:
   def residual(self, sample: Sample) -> tuple[np.ndarray, np.ndarray]:
     """Residuals of the patches, and the cell of the grid that each one is.
 
-    Cells count row by row.
+    Of the sample's first image. Cells count row by row.
+
+    Raises:
+      ValueError: the sample's rows are mixed, or not all there.
     """
-    span = (sample.start, sample.stop)
-    tokens = self.store.tokens(*span, ('kind', 'row', 'col'))
-    base = tokens['kind'] == Kind.BASE
+    span = self.store.span(sample)
+    tokens = self.store.tokens(*span, ('kind', 'image', 'row', 'col'))
+    base = (tokens['kind'] == Kind.BASE) & (tokens['image'] == 0)
     cell = tokens['row'].astype(int) * self.store.meta.grid[1] + tokens['col']
     return self.store.read(self._layer, *span)[base], cell[base]
 

@@ -84,10 +84,35 @@ class Rows:
 
   def read(self, block: int) -> np.ndarray:
     """The wanted rows of a block, bfloat16 [N, D]."""
-    start, stop = int(self._starts[block]), int(self._stops[block])
-    x_ND = self._store.read(self._layer, start, stop)
-    kept_N = np.unpackbits(self._bits[block], count=stop - start)
-    return x_ND if kept_N.all() else take(x_ND, np.flatnonzero(kept_N))
+    (x_ND,) = self.read_many([block])
+    return x_ND
+
+  def read_many(self, blocks: Sequence[int]) -> Iterator[np.ndarray]:
+    """The wanted rows of each of these blocks, some read at a time."""
+    spans = [(int(self._starts[at]), int(self._stops[at])) for at in blocks]
+    read = self._store.read_many(self._layer, spans)
+    for block, x_ND in zip(blocks, read, strict=True):
+      kept_N = np.unpackbits(self._bits[block], count=len(x_ND))
+      yield x_ND if kept_N.all() else take(x_ND, np.flatnonzero(kept_N))
+
+  def mixed(
+    self, blocks: Sequence[int], rng: np.random.Generator
+  ) -> np.ndarray:
+    """The wanted rows of these blocks in a random order, bfloat16 [N, D].
+
+    Each row is copied once, from its block to its place.
+    """
+    count = int(np.bitwise_count(self._bits[list(blocks)]).sum())
+    place_N = np.empty(count, np.int64)
+    place_N[rng.permutation(count)] = np.arange(count)
+    out_ND, at = None, 0
+    for x_ND in self.read_many(blocks):
+      if out_ND is None:
+        out_ND = np.empty((count, x_ND.shape[1]), x_ND.dtype)
+      bits_ND = out_ND.view(np.uint16) if x_ND.dtype.itemsize == 2 else out_ND
+      bits_ND[place_N[at : at + len(x_ND)]] = x_ND.view(bits_ND.dtype)
+      at += len(x_ND)
+    return out_ND
 
   def sample(self, count: int, seed: int) -> np.ndarray:
     """About `count` rows, a few from each of many blocks, bfloat16 [N, D].
@@ -157,15 +182,11 @@ def pools(
     seed: of the order.
   """
 
-  def read(blocks, rng: np.random.Generator) -> np.ndarray:
-    x_ND = np.concatenate([rows.read(block) for block in blocks])
-    return take(x_ND, rng.permutation(len(x_ND)))
-
   order = grain.MapDataset.range(rows.blocks).seed(seed).shuffle().repeat(None)
   return (
     order[share::shares]
     .batch(pool_blocks // shares, batch_fn=list)
-    .random_map(read)
+    .random_map(rows.mixed)
   )
 
 

@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from lmm_sae.core import grid
-from lmm_sae.core import store as store_lib
+from lmm_sae.core import grid, store_meta
+from lmm_sae.core.places import Place
 from lmm_sae.core.store import ActivationStore
 from lmm_sae.sae import (
   checkpoint,
@@ -54,7 +54,8 @@ arrays          {name, item, shape, dtype, bytes, stored_bytes, chunks,
                 axes or null a dimension]}, {device}, {type}, or null
 scalars         {name: value} of arrays without axes; values: of other leaves
 groups, ...     of a store: groups, those committed, samples, rejects, rows,
-                kinds {name: rows}
+                kinds {name: rows}; mixed; dtype of the rows; rounding, of an
+                int8 store: {layer: FVU of its rows}, else null
 parts, ...      of a workdir: see `stages.inspect.of_workdir`
 warnings        what is odd, and yet no damage
 stats, against  see `figures.of`, `differences.between`"""
@@ -79,7 +80,7 @@ class Look:
     store: the activation store, if it is one.
   """
 
-  path: pathlib.Path
+  path: pathlib.Path | Place
   facts: dict[str, Any]
   arrays: list[Array]
   parameters: dict[str, Parameter] = dataclasses.field(default_factory=dict)
@@ -98,7 +99,7 @@ class Look:
     return after if isinstance(after, int) else None
 
 
-def look(path: str | os.PathLike) -> Look:
+def look(path: str | os.PathLike | Place) -> Look:
   """Looks at a checkpoint, the last of several, an export or a store.
 
   Raises:
@@ -107,6 +108,8 @@ def look(path: str | os.PathLike) -> Look:
     OSError: it may not be read.
   """
   found = kind(path)
+  if found == 'store':
+    return of_store(Place.of(path))
   path = pathlib.Path(path).absolute()
   if found == 'checkpoint':
     return of_checkpoint(path)
@@ -114,22 +117,22 @@ def look(path: str | os.PathLike) -> Look:
     return of_checkpoint(list(orbax_files.steps(path).values())[-1])
   if found == 'export':
     return of_export(path)
-  if found == 'store':
-    return of_store(path)
   raise ValueError(
     f'{path} holds several things, or none that is known: name one checkpoint '
     '(an orbax folder), SAE (cfg.json beside *.safetensors) or activation store'
   )
 
 
-def kind(path: str | os.PathLike) -> str:
+def kind(path: str | os.PathLike | Place) -> str:
   """checkpoint, checkpoints (a folder of them), export, store, or ''.
 
   Raises:
     ValueError: there is no such folder; OSError: it may not be read.
   """
   if re.match(r'\w+://', str(path)):
-    raise ValueError(f'{path}: only local folders are looked into')
+    if (Place.of(str(path)) / 'meta.json').exists():
+      return 'store'
+    raise ValueError(f'{path} holds no store; all else is in local folders')
   path = pathlib.Path(path).absolute()
   try:
     names = set(os.listdir(path))
@@ -137,7 +140,7 @@ def kind(path: str | os.PathLike) -> str:
     raise ValueError(f'{path} does not exist') from error
   except NotADirectoryError as error:
     raise ValueError(f'{path} is a file: name the folder it is in') from error
-  if {'meta.json', 'manifest.jsonl'} <= names:
+  if {'meta.json', *grid.TOKENS} <= names:
     return 'store'
   if orbax_files.TORN in path.name or orbax_files.holds(path):
     return 'checkpoint'
@@ -311,7 +314,7 @@ def _contradictions(claims, parameters) -> list[str]:
   ]
 
 
-def of_store(path: pathlib.Path) -> Look:
+def of_store(path: Place) -> Look:
   """Looks at an activation store, finished or not."""
   try:
     store = ActivationStore.open(path, partial=True)
@@ -319,6 +322,9 @@ def of_store(path: pathlib.Path) -> Look:
     kinds = collections.Counter()
     for line in store.manifest:
       kinds.update({str(name): int(n) for name, n in line['kinds'].items()})
+    rounding = None
+    if store.meta.dtype == 'int8':
+      rounding = {str(at): store.rounding(at) for at in store.meta.layers}
   except (AttributeError, KeyError, TypeError, ValueError) as error:
     if 'format_version' in str(error):
       raise
@@ -326,16 +332,19 @@ def of_store(path: pathlib.Path) -> Look:
   meta, layout = store.meta, store.layout
   rows = layout.groups * layout.group_rows
   arrays = []
-  for name in (*(f'layer_{at}' for at in meta.layers), *grid.TOKENS):
-    dtype, columns = grid.field(name, meta.width)
+  for name, (dtype, columns) in store.arrays.fields.items():
     shape = (rows, columns) if columns else (rows,)
     chunks = (layout.chunk_rows, columns)[: len(shape)]
-    size = stored.disk(path / name)
-    lazily = _lazily(path, name, meta.width, layout)
+    size = _bytes(store, name)
+    lazily = _lazily(path / name, dtype, columns, layout)
     arrays.append(Array(name, shape, dtype, size, lazily, '', chunks))
-  facts = _facts('store', path) | {
+  facts = {
+    'format_version': FORMAT_VERSION,
+    'kind': 'store',
+    'path': str(path),
+    'bytes': _bytes(store),
     'writer': 'lmm_sae',
-    'format': store_lib.FORMAT_VERSION,
+    'format': store_meta.FORMAT_VERSION,
     'settings': dataclasses.asdict(meta),
     'groups': layout.groups,
     'committed': len(store.committed()),
@@ -344,13 +353,25 @@ def of_store(path: pathlib.Path) -> Look:
     'rows': store.num_rows,
     'kinds': dict(kinds),
     'arrays': [x.facts() for x in arrays],
+    'mixed': meta.mixed,
+    'dtype': meta.dtype,
+    'rounding': rounding,
     'warnings': [] if store.complete else ['it is not complete'],
   }
   return Look(path, facts, arrays, store=store)
 
 
-def _lazily(path, name, width, layout):
-  return lambda: grid.open_array(path, name, width, layout, writes=False)
+def _lazily(place, dtype, columns, layout):
+  return lambda: grid.open_array(place, dtype, columns, layout)
+
+
+def _bytes(store: ActivationStore, name: str = '') -> int:
+  """Bytes on disk of an array, or of all; in a bucket, of committed shards."""
+  if store.path.local:
+    return stored.disk(store.path / name if name else store.path)
+  sizes = [line['bytes'] for line in store.manifest]
+  names = [name] if name else [*store.arrays.fields]
+  return sum(sum(each[name]) for each in sizes for name in names)
 
 
 def _facts(what: str, path: pathlib.Path) -> dict[str, Any]:

@@ -128,8 +128,12 @@ def _pairs(said: dict[str, Any]) -> Iterator[str]:
 def _store(facts) -> Iterator[str]:
   yield (
     f'  {facts["committed"]} of {facts["groups"]} groups, {facts["samples"]} '
-    f'samples, {facts["rows"]} rows, {facts["rejects"]} rejected'
+    f'samples, {facts["rows"]} rows, {facts["rejects"]} rejected; '
+    f'{facts["dtype"]}, {"mixed" if facts["mixed"] else "in order of samples"}'
   )
+  if facts['rounding']:
+    costs = (f'layer {at} {fvu:.2g}' for at, fvu in facts['rounding'].items())
+    yield from wrap('FVU of int8', costs)
   yield from wrap('rows by kind', _pairs(facts['kinds']))
 
 

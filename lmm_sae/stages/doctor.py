@@ -1,6 +1,10 @@
-"""What runs on this machine and what does not, and why.
+"""What runs on this machine and what does not, and why; what a store is worth.
 
 lmm-sae doctor [--config=FILE --workdir=DIR]
+
+Looks through the stores of the workdir, too: every shard and its checksums,
+unless --config.doctor.checksums=False. With --config.doctor.drop=True exactly
+the damaged groups are dropped, which the next `lmm-sae capture` makes again.
 
 Nothing heavy is imported here: versions come from the packages' metadata, and
 what devices there are is asked of jax and torch in processes of their own.
@@ -15,10 +19,14 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 
 from ml_collections import ConfigDict
 
-from lmm_sae.core import host
+from lmm_sae.core import host, store_check
+from lmm_sae.core.places import Place
+from lmm_sae.core.sources import SPLITS
+from lmm_sae.core.store_commits import Commits
 from lmm_sae.core.workdir import Workdir
 
 ASK_S = 120.0  # seconds that jax or torch may take to name its devices
@@ -59,6 +67,14 @@ OUTPUTS = {  # what stands in a workdir once a stage has begun to write
 
 
 @dataclasses.dataclass(frozen=True)
+class DoctorConfig:
+  """The section `doctor` of the config; its fields are explained there."""
+
+  checksums: bool
+  drop: bool
+
+
+@dataclasses.dataclass(frozen=True)
 class Finding:
   """One line of the examination; `wrong` if it stops something."""
 
@@ -73,12 +89,13 @@ def run(config: ConfigDict, workdir: Workdir) -> None:
   Raises:
     ValueError: something is wrong; what is merely absent is not.
   """
-  del config  # the machine is examined, not the run
-  findings = examine(workdir)
-  for finding in findings:
+  opts = DoctorConfig(**config.doctor)
+  wrong = []
+  for finding in (*examine(workdir), *stores(workdir, opts)):
     mark = '!' if finding.wrong else ' '
-    print(f'{mark} {finding.what:<22} {finding.text}')
-  wrong = [finding.what for finding in findings if finding.wrong]
+    print(f'{mark} {finding.what:<22} {finding.text}', flush=True)
+    if finding.wrong and finding.what.strip() not in wrong:
+      wrong.append(finding.what.strip())
   if wrong:
     raise ValueError(f'something is wrong with: {", ".join(wrong)}')
 
@@ -98,6 +115,46 @@ def examine(workdir: Workdir) -> list[Finding]:
     *[weights(host.weights() / name) for name in MODELS],
     *_workdir(workdir),
   ]
+
+
+def stores(workdir: Workdir, opts: DoctorConfig) -> Iterator[Finding]:
+  """What is found in the store of each split that has one."""
+  for split in SPLITS:
+    place = workdir.acts(split)
+    what = f'store {split}'
+    try:
+      if not (place / 'meta.json').exists():
+        continue
+      report = store_check.check(place, opts.checksums)
+    except ValueError as error:
+      yield Finding(what, str(error), wrong=True)
+      continue
+    yield Finding(
+      what,
+      f'{report.committed} of {report.groups} groups committed, {report.rows} '
+      f'rows, {report.bytes / 1e9:.3g} GB, at {place}',
+    )
+    for note in report.notes:
+      yield Finding('', f'{note} (harmless)')
+    mending = opts.drop and report.damage
+    for each in report.damage:
+      whose = '' if each.group is None else f'group {each.group}: '
+      text = f'{whose}{each.file}: {each.text}'
+      yield Finding(what, text, wrong=not mending)
+    if mending:
+      store_check.drop(place, report)
+      groups = ', '.join(map(str, report.damaged)) or 'none'
+      yield Finding(
+        what, f'dropped groups {groups}: run `lmm-sae capture` again'
+      )
+    elif report.damage:
+      yield Finding(
+        what,
+        f'{len(report.damaged)} groups are damaged: '
+        'with --config.doctor.drop=True they are dropped; then run `lmm-sae '
+        'capture` again',
+        wrong=True,
+      )
 
 
 def devices(code: str) -> str:
@@ -180,13 +237,18 @@ def _workdir(workdir: Workdir) -> list[Finding]:
   if not workdir.file('config.json').is_file():
     return [Finding('workdir', f'{workdir.root}: nothing was run here')]
   findings = [Finding('workdir', str(workdir.root))]
-  for split in ('train', 'a', 'b'):
-    manifest = workdir.acts(split) / 'manifest.jsonl'
-    done = len(manifest.read_bytes().splitlines()) if manifest.exists() else 0
-    text = f'{done} groups committed' if done else 'not run'
-    findings.append(Finding(f'  capture {split}', text))
+  for split in SPLITS:
+    findings.append(_captured(f'  capture {split}', workdir.acts(split)))
   for stage, name in OUTPUTS.items():
     path = workdir.file(name)
     text = f'{name} is there' if path.exists() else 'not run'
     findings.append(Finding(f'  {stage}', text))
   return findings
+
+
+def _captured(what: str, place: Place) -> Finding:
+  try:
+    done = len(Commits(place, torn=[]).groups())
+  except ValueError as error:  # no network, no such bucket
+    return Finding(what, str(error), wrong=True)
+  return Finding(what, f'{done} groups committed' if done else 'not run')

@@ -3,7 +3,8 @@
 Streams acts/<split> through the SAE's encoder and writes index/<layer>/<split>
 (see `core.index`). Done in parts of consecutive samples: run it again and the
 finished parts are kept. Where masks and labels are exact, it also writes
-concepts.json: what each latent stands for, by the rule of `core.truth`.
+concepts.json: what each latent stands for, by the rule of `core.truth`. Maps
+and concepts are of a sample's first image.
 """
 
 import dataclasses
@@ -27,7 +28,6 @@ from lmm_sae.core import (
   truth,
 )
 from lmm_sae.core.index import IndexMeta, read_meta
-from lmm_sae.core.records import Sample
 from lmm_sae.core.store import ActivationStore
 from lmm_sae.core.workdir import Workdir
 from lmm_sae.sae import exports, share
@@ -35,7 +35,7 @@ from lmm_sae.sae.baseview import BaseView
 
 PART_SAMPLES = 256  # samples a part, unless that makes more than MAX_PARTS
 MAX_PARTS = 64
-TOKENS = ('sample', 'position', 'token', 'kind', 'row', 'col')
+TOKENS = ('sample', 'position', 'token', 'kind', 'image', 'row', 'col')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,12 +83,19 @@ def build(
   """Builds the index of one split at `path`, or what is left to do of it.
 
   Raises:
-    ValueError: an index of something else stands there, or there is nothing
-      to index.
+    ValueError: an index of something else stands there, there is nothing to
+      index, a sample's rows are mixed or not all there, or its images have
+      grids of their own.
   """
   samples = store.samples()
   if not samples:
     raise ValueError(f'{store.path} holds no sample: there is nothing to index')
+  if store.meta.grid == (0, 0) and any(sample.image for sample in samples):
+    raise ValueError(
+      f'{store.path} is of a subject whose grid of patches depends on the '
+      'image; an index keeps maps of one grid'
+    )
+  spans = [store.span(sample) for sample in samples]
   meta = IndexMeta(
     layer=layer,
     split=store.meta.split,
@@ -124,7 +131,7 @@ def build(
     if parts[-1].exists():
       continue
     part = index_build.Part(shape, duplicate_S)
-    for start, stop in _chunks(samples[at : at + size], opts.rows):
+    for start, stop in _chunks(spans[at : at + size], opts.rows):
       tokens = store.tokens(start, stop, TOKENS)
       part.add(tokens, *sae.encode(store.read(layer, start, stop)))
     part.save(parts[-1])
@@ -188,15 +195,17 @@ def _duplicates(store: ActivationStore, size: int) -> np.ndarray:
   return duplicate_S
 
 
-def _chunks(samples: Sequence[Sample], rows: int) -> Iterator[tuple[int, int]]:
+def _chunks(
+  spans: Sequence[tuple[int, int]], rows: int
+) -> Iterator[tuple[int, int]]:
   """(start, stop) of runs of whole, adjoining samples, about `rows` long."""
-  start = stop = samples[0].start
-  for sample in samples:
-    if sample.start != stop or (stop > start and sample.stop - start > rows):
+  start = stop = spans[0][0]
+  for first, last in spans:
+    if first != stop or (stop > start and last - start > rows):
       if stop > start:
         yield start, stop
-      start = sample.start
-    stop = sample.stop
+      start = first
+    stop = last
   if stop > start:
     yield start, stop
 

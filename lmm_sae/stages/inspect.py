@@ -22,6 +22,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from lmm_sae.core.places import Place
+from lmm_sae.core.sources import SPLITS
 from lmm_sae.core.workdir import Workdir
 from lmm_sae.sae import (
   differences,
@@ -87,16 +89,14 @@ def of_one(path: str, opts: InspectConfig) -> dict[str, Any]:
   return facts
 
 
-def of_workdir(
-  path: pathlib.Path, acts: pathlib.Path | None = None
-) -> dict[str, Any]:
+def of_workdir(path: pathlib.Path, acts: Place | None = None) -> dict[str, Any]:
   """The facts of all that stands in a workdir.
 
   `parts` are those of its stores, checkpoints and exports, `files` {name:
   {bytes, lines}} of its JSON files and indexes; `damaged` says what could not
   be looked at, and why.
   """
-  found = [*sorted((acts or path / 'acts').glob('*/'))]
+  found = _stores(acts or Place.of(path / 'acts'))
   for layer in sorted(path.glob('sae/*/')):
     found += orbax_files.steps(layer).values()
     found += [layer / 'export'] * (layer / 'export').is_dir()
@@ -123,6 +123,14 @@ def of_workdir(
     'files': files,
     'damaged': damaged,
   }
+
+
+def _stores(acts: Place) -> list[Place | pathlib.Path]:
+  """The stores of a run; in a bucket there are no folders to be listed."""
+  if acts.local:
+    return sorted(pathlib.Path(acts).glob('*/'))
+  found = [acts / split for split in SPLITS]
+  return [place for place in found if (place / 'meta.json').exists()]
 
 
 def plain(value: Any) -> Any:

@@ -25,13 +25,13 @@ POOLS, SHARES = 3, 4
 @contextlib.contextmanager
 def recording(rows: data.Rows) -> Iterator[list[int]]:
   """The numbers of the blocks that are read meanwhile, as they come."""
-  blocks, read = [], rows.read
+  blocks, read = [], rows.read_many
 
-  def note(block):
-    blocks.append(int(block))
-    return read(block)
+  def note(some):
+    blocks.extend(map(int, some))
+    return read(some)
 
-  with mock.patch.object(rows, 'read', note):
+  with mock.patch.object(rows, 'read_many', note):
     yield blocks
 
 

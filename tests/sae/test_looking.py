@@ -266,8 +266,8 @@ def test_what_is_no_checkpoint_is_refused(tmp_path, what, said):
 
 
 def test_an_address_is_no_folder():
-  with pytest.raises(ValueError, match='only local folders'):
-    looking.look('gs://bucket/run')
+  with pytest.raises(ValueError, match='local folder, or at s3://'):
+    looking.look('ftp://host/run')
 
 
 def test_safetensors_that_are_cut_are_refused(tmp_path):

@@ -126,8 +126,9 @@ def _capture(workdir, split, seed, latents, samples):
   )  # fmt: skip
   if store.complete:
     return
-  (workdir.acts(split) / 'images').mkdir()
-  (workdir.acts(split) / 'vocab.json').write_text(json.dumps(WORDS))
+  folder = pathlib.Path(workdir.acts(split))
+  (folder / 'images').mkdir()
+  (folder / 'vocab.json').write_text(json.dumps(WORDS))
   shape = index_build.Shape(latents, (GRID, GRID), 6, 4, 8, 1e-5)
   part = index_build.Part(shape, np.arange(samples))
   lines, tokens, start = [], [], 0
@@ -137,7 +138,7 @@ def _capture(workdir, split, seed, latents, samples):
     for name, pixels in zip(
       names, (scene.pixels_HW3, scene.regions_HW), strict=True
     ):
-      Image.fromarray(pixels).save(workdir.acts(split) / name)
+      Image.fromarray(pixels).save(folder / name)
     some = _tokens(rng, s)
     acts_TM = _acts(rng, scene, some, latents)
     idx = np.argsort(-acts_TM, axis=1)[:, :K]

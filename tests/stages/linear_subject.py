@@ -9,6 +9,7 @@ talk. Each true latent fires at 1.0 on two of the four image tokens.
 
 import dataclasses
 import json
+import pathlib
 
 import ml_dtypes
 import numpy as np
@@ -214,6 +215,7 @@ def _id(image):
 def _store(path, half, count, known):
   meta = StoreMeta(half, 'toy', 'f', (LAYER,), {}, D, (2, 2), 'pil')
   store = ActivationStore.create(path, meta, 1, count * 8, count * 8, 8)
+  path = pathlib.Path(path)
   (path / 'images').mkdir()
   samples = []
   for i in range(count):

@@ -125,7 +125,7 @@ def test_missing_input_names_the_stage_to_run(config, tmp_path):
 def test_copies_of_an_image_are_one_exemplar(config, tmp_path):
   workdir = toy.make_workdir(tmp_path)
   images = workdir.acts('a') / 'images'
-  (images / '000003.png').write_bytes((images / '000000.png').read_bytes())
+  (images / '000003.png').write((images / '000000.png').read())
   stage.run(config, workdir)
   index = LatentIndex.open(workdir.index(toy.LAYER, 'a'))
   assert index.duplicate_S.tolist() == [0, 1, 2, 0, *range(4, 12)]

@@ -190,7 +190,7 @@ def test_a_checkpoint_of_another_program_is_a_table(tmp_path, shown):
     (['--workdir=nowhere'], 'does not exist'),
     (['README.md'], 'is a file'),
     (['tests'], 'none that is known'),
-    (['gs://bucket/x'], 'only local folders'),
+    (['ftp://host/x'], 'local folder, or at s3:// or gs://'),
     (['RUN', '--stats'], 'is a workdir: for stats and against name one'),
     (['RUN/acts/train', '--against=RUN/sae/4/5'], 'only checkpoints and SAEs'),
     (['RUN/sae/4/5', '--against=nowhere'], 'nowhere does not exist'),

@@ -259,7 +259,7 @@ def test_a_limit_keeps_the_explained_latents(copy):
 
 def test_a_lost_picture_is_left_out(copy, caplog):
   config, workdir = copy
-  (workdir.acts('b') / 'images' / '000003.png').unlink()
+  (workdir.acts('b') / 'images/000003.png').delete()
   report.run(config, workdir)
   assert '3' not in data(workdir, 'samples.js')['b']
 

@@ -1,0 +1,60 @@
+"""Files that are written in pieces and replaced in one step, by any process."""
+
+import fcntl
+import os
+from collections.abc import Iterable
+
+LOCK = '.__lock'  # what TensorStore adds to the name of a file it writes
+
+
+def replace(path: str, pieces: Iterable[bytes]) -> int:
+  """Writes beside the file, under a lock, then puts that in its place.
+
+  The name beside it is always the same, so that what a killed process left is
+  taken up by the next; TensorStore's listings leave it out.
+  """
+  os.makedirs(os.path.dirname(path), exist_ok=True)
+  part = path + LOCK
+  while True:
+    descriptor = os.open(part, os.O_RDWR | os.O_CREAT, 0o666)
+    with open(descriptor, 'r+b', buffering=0) as file:
+      fcntl.flock(file, fcntl.LOCK_EX)
+      if not _same(file, part):  # another process has put it in place
+        continue
+      try:
+        size = _fill(file, pieces)
+        os.replace(part, path)
+      except BaseException:
+        os.unlink(part)  # of a full disk it would take what is left
+        raise
+      _sync_folder(os.path.dirname(path))
+      return size
+
+
+def _same(file, path: str) -> bool:
+  """Whether the open file is the one of that name."""
+  try:
+    there = os.stat(path)
+  except FileNotFoundError:
+    return False
+  return os.path.samestat(os.fstat(file.fileno()), there)
+
+
+def _fill(file, pieces: Iterable[bytes]) -> int:
+  """Writes the pieces to the disk; gives their bytes."""
+  file.truncate(0)
+  for piece in pieces:
+    view = memoryview(piece)
+    while len(view):
+      view = view[file.write(view) :]
+  os.fsync(file.fileno())
+  return file.tell()
+
+
+def _sync_folder(path: str) -> None:
+  """Has the disk know the names in a folder, as a commit must come after."""
+  descriptor = os.open(path, os.O_RDONLY)
+  try:
+    os.fsync(descriptor)
+  finally:
+    os.close(descriptor)
