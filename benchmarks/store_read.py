@@ -32,7 +32,7 @@ import ml_dtypes
 import numpy as np
 
 from benchmarks import machine, worker
-from lmm_sae.core import forecast
+from lmm_sae.core import forecast, grid
 from lmm_sae.core.grid import TOKENS
 from lmm_sae.core.store import ActivationStore, StoreMeta
 from lmm_sae.core.tokens import Kind
@@ -174,8 +174,8 @@ def write(
     shard_rows=shard_rows,
     chunk_rows=BLOCK_ROWS,
   )
-  arrays = forecast.array_bytes(width, (LAYER,), dtype)
-  size = forecast.group_bytes(shard_rows, arrays, shard_rows, BLOCK_ROWS)
+  fields = grid.fields((LAYER,), width, dtype)
+  size = forecast.group_bytes(shard_rows, fields, shard_rows, BLOCK_ROWS)
   plain = memoryview(x_ND.view(np.uint8).reshape(-1))[:size]
   ours, beside = [], []
   for group in range(groups):

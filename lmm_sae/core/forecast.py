@@ -59,48 +59,71 @@ def expect(counted: Sequence[float], of: int) -> Expected:
   return Expected(float(values.mean()) * of, float(DEVIATIONS * error * of))
 
 
-def array_bytes(
-  width: int, layers: Sequence[int], dtype: str
-) -> dict[str, int]:
-  """{name: bytes a row} of every array of a store.
+def row_bytes(width: int, layers: int, dtype: str = 'bfloat16') -> int:
+  """Bytes of a row: of every layer, and of the token arrays.
 
   Args:
-    width: D. layers: hooked. dtype: of the rows, bfloat16 or int8.
+    width: D. layers: how many. dtype: of the rows, bfloat16 or int8.
   """
-  return {
-    name: np.dtype(kind).itemsize * (columns or 1)
-    for name, (kind, columns) in grid.fields(layers, width, dtype).items()
-  }
+  fields = grid.fields(range(layers), width, dtype)
+  return sum(_bytes(*field) for field in fields.values())
 
 
-def row_bytes(width: int, layers: int, dtype: str = 'bfloat16') -> int:
-  """Bytes of a row: of every layer, and of the token arrays."""
-  return sum(array_bytes(width, range(layers), dtype).values())
+def _bytes(dtype: str, columns: int) -> int:
+  return np.dtype(dtype).itemsize * (columns or 1)
 
 
 TOKEN_BYTES = row_bytes(1, 0)
 
 
-def group_bytes(
-  rows: int,
-  arrays: Mapping[str, int],
-  shard_rows: int,
-  chunk_rows: int,
-  block: int = BLOCK,
-) -> int:
-  """Bytes that a group of so many rows takes on a disk, to the block.
+def shard_bytes(
+  rows: int, row: int, shard_rows: int, chunk_rows: int
+) -> list[int]:
+  """Bytes of the files that hold a group of so many rows of an array.
 
   A shard is a file: its chunks, of which the last is stored whole, and where
   each of them stands.
+
+  Args:
+    row: bytes of a row of that array.
   """
   index = PLACE * (shard_rows // chunk_rows) + CHECKSUM
+  chunks = [
+    -(-min(rows - start, shard_rows) // chunk_rows)
+    for start in range(0, rows, shard_rows)
+  ]
+  return [each * (chunk_rows * row + CHECKSUM) + index for each in chunks]
+
+
+def group_bytes(
+  rows: int,
+  fields: Mapping[str, tuple[str, int]],
+  shard_rows: int,
+  chunk_rows: int,
+) -> int:
+  """Bytes that a group of so many rows takes on a disk, with its folders.
+
+  Args:
+    fields: of the store, as `grid.fields` gives them.
+  """
   total = 0
-  for start in range(0, rows, shard_rows):
-    chunks = -(-min(rows - start, shard_rows) // chunk_rows)
-    for each in arrays.values():
-      file = chunks * (chunk_rows * each + CHECKSUM) + index
-      total += -(-file // block) * block
+  for dtype, columns in fields.values():
+    files = shard_bytes(rows, _bytes(dtype, columns), shard_rows, chunk_rows)
+    total += sum(map(blocks, files))
+    total += BLOCK * len(files) * bool(columns)  # a folder a shard
   return total
+
+
+def fixed_bytes(fields: Mapping[str, tuple[str, int]], vocab: int) -> int:
+  """Bytes of a store without rows: of its settings, folders and vocab.json."""
+  # Of an array: two folders and zarr.json; of the store: its folder, that of
+  # its images or groups, meta.json, and half a block of each list of samples.
+  return BLOCK * (3 * len(fields) + 5) + blocks(vocab)
+
+
+def blocks(count: int) -> int:
+  """Bytes that a file of so many takes on a disk."""
+  return -(-count // BLOCK) * BLOCK
 
 
 def size(count: float) -> str:

@@ -30,34 +30,37 @@ WIDE = 79  # columns of a line
 
 def tell(job: Job, guess: Guess, tools: Tools) -> list[str]:
   """The forecast, a topic a line; the last line is the verdict."""
-  lines = []
+  lines, lacks = [], needs.packages(job)
   if job.capture.workers == 'ray':  # no cluster is started for a forecast
     alone = dataclasses.replace(job.capture, workers='local', processes=1)
     lines = [('workers', 'capture.workers=ray: measured by one worker, here')]
     job = dataclasses.replace(job, capture=alone)
-  lacks: list[Lack] = []
   here = look(job, guess, tools, lacks)
   if lacks:
-    forecast_ = guessed(job, guess, here)
+    told = guessed(job, guess, here)
   else:
-    forecast_ = measured(job, guess, tools, here, lacks)
-  lines += forecast_.lines
-  lines += memory(job, here, forecast_, lacks)
-  if forecast_.bytes is None:
+    told = measured(job, guess, tools, here, lacks)
+  lines += told.lines
+  lines += memory(job, here, told, lacks)
+  if told.bytes is None:
     lines.append(('disk', 'what is to be written is not known'))
   else:
-    told, missing = needs.disk(job.workdir.acts_root, forecast_.bytes)
+    room, missing = needs.disk(job.workdir.acts_root, told.bytes)
     lacks += missing
-    lines.append(('disk', told))
+    lines.append(('disk', room))
   for lack in lacks:
     lines.append(('missing', f'{lack.what}: {lack.why}'))
     lines += [('', f'  {word}') for word in lack.mend]
-  words = ', '.join(dict.fromkeys(lack.what for lack in lacks))
+  if lacks:
+    words = ', '.join(dict.fromkeys(lack.what for lack in lacks))
+    verdict = f'capture cannot start here; missing: {words}'
+  elif told.bytes == 0:
+    verdict = 'capture is complete: there is nothing to do'
+  else:
+    verdict = 'capture can start: nothing is missing'
   return [
     *(line for name, text in lines for line in wrapped(name, text)),
-    f'capture cannot start here; missing: {words}'
-    if lacks
-    else 'capture can start: nothing is missing',
+    verdict,
   ]
 
 
@@ -72,7 +75,6 @@ def wrapped(name: str, text: str) -> list[str]:
 
 def look(job: Job, guess: Guess, tools: Tools, lacks: list[Lack]) -> Here:
   """Looks for everything; what is missing is added to `lacks`."""
-  lacks += needs.packages(job)
   folder, missing = needs.weights(job.lmm.path)
   lacks += missing
   device, missing = needs.device(job)

@@ -69,7 +69,9 @@ def measured(
   crew = functools.partial(tools.crew, job, here.folder)
   logging.info('capture: measuring; this takes a minute or two at most')
   try:
-    parts = measuring.count(job, owed, left, here.width, tools.capturers, crew)
+    parts = measuring.count(
+      job, owed, left, stores, here.width, tools.capturers, crew
+    )
     first = owed[0]
     if not parts[first.name].rows.total:
       raise ValueError(

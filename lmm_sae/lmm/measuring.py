@@ -9,12 +9,19 @@ import contextlib
 import functools
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+  Callable,
+  Container,
+  Iterable,
+  Iterator,
+  Mapping,
+  Sequence,
+)
 from contextlib import AbstractContextManager
 
 import numpy as np
 
-from lmm_sae.core import forecast, workers
+from lmm_sae.core import forecast, grid, workers
 from lmm_sae.core.forecast import Expected
 from lmm_sae.core.jobs import Job
 from lmm_sae.core.sources import Split
@@ -29,7 +36,6 @@ COUNT_UNITS = 8  # a task
 RUN_S = (3.0, 60.0)  # that captured samples take: at least, at most
 CHUNK_S = 10.0  # about what a task takes of a model that is slow
 CHUNKS = 64  # tasks at most
-FILES = 6  # of a store, beside its arrays: meta, vocab, three lists, its folder
 
 # crew(tasks, work): (start, count, attempts), as `workers.run` takes them.
 Crew = Callable[[int, Callable], AbstractContextManager]
@@ -39,6 +45,7 @@ def count(
   job: Job,
   splits: Sequence[Split],
   left: Mapping[str, np.ndarray],
+  begun: Container[str],
   width: int,
   open_: trial.Open,
   crew: Crew,
@@ -47,6 +54,7 @@ def count(
 
   Args:
     left: samples that are still to be captured, by split, ascending.
+    begun: splits of which a store stands, which has what is in it once.
     width: D.
   """
   units, draws = {}, []
@@ -64,8 +72,17 @@ def count(
     for each in done:
       found[each.split].append(each)
   vocab = max(each.vocab for some in found.values() for each in some)
+  fields = grid.fields(job.lmm.layers, width, job.capture.store)
+  fixed = forecast.fixed_bytes(fields, vocab)
   return {
-    name: part(job, each, left[name], units[name].shape[1], width, vocab)
+    name: part(
+      job,
+      each,
+      left[name],
+      units[name].shape[1],
+      fields,
+      0 if name in begun else fixed,
+    )
     for name, each in found.items()
   }
 
@@ -88,14 +105,15 @@ def part(
   counted: Iterable[Counted],
   left: np.ndarray,
   unit: int,
-  width: int,
-  vocab: int,
+  fields: Mapping[str, tuple[str, int]],
+  fixed: int,
 ) -> Part:
   """What is expected of the samples that are left, by those counted.
 
   Args:
     left: samples, ascending. unit: neighbours that were drawn together.
-    width: D. vocab: bytes of vocab.json.
+    fields: of the store, as `grid.fields` gives them.
+    fixed: bytes of a store without rows.
   """
   counted = list(counted)
   samples = np.concatenate([np.array(e.samples, np.int64) for e in counted])
@@ -125,13 +143,11 @@ def part(
     rows_G = [rows_of[at] for at in groups]
   else:
     rows_G = [round(rows.total / len(groups))] * len(groups)
-  arrays = forecast.array_bytes(width, job.lmm.layers, opts.store)
   sizes = collections.Counter(rows_G)
   stored = sum(
-    many * forecast.group_bytes(each, arrays, opts.shard_rows, opts.chunk_rows)
+    many * forecast.group_bytes(each, fields, opts.shard_rows, opts.chunk_rows)
     for each, many in sizes.items()
   )
-  beside = (2 * len(arrays) + FILES) * forecast.BLOCK + vocab
   share = rows.spread / rows.total if rows.total else 0.0
   return Part(
     samples=of,
@@ -141,7 +157,9 @@ def part(
     rejected=expected(1.0 * (seen_SK.sum(1) == 0)),
     reasons=reasons,
     rows=rows,
-    bytes=Expected(stored + beside, stored * share) + expected(bytes_S),
+    bytes=Expected(stored, stored * share)
+    + expected(bytes_S)
+    + Expected(fixed),
     read_s=sum(each.seconds for each in counted) / len(samples),
   )
 

@@ -16,8 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from lmm_sae.core import records
-from lmm_sae.core.forecast import BLOCK
+from lmm_sae.core import forecast, records
 from lmm_sae.core.jobs import Job, Task
 from lmm_sae.core.sources import SPLITS, Split
 from lmm_sae.core.store import ActivationStore, StoreMeta
@@ -158,7 +157,7 @@ def _count(
   files: list[int] = []  # bytes of what a sample keeps beside its record
   if drawn.split != 'train':
     capturer = dataclasses.replace(
-      capturer, save=lambda name, data: files.append(_blocks(len(data)))
+      capturer, save=lambda name, data: files.append(forecast.blocks(len(data)))
     )
   samples, reasons = [], []
   seen_SK, kept_SK, bytes_S = [], [], []
@@ -203,10 +202,6 @@ def _by_kind(kinds: Iterable[np.ndarray]) -> np.ndarray:
 def _line(value: Any) -> int:
   """Bytes of a JSON line of the store."""
   return len(json.dumps(value, ensure_ascii=False).encode()) + 1
-
-
-def _blocks(size: int) -> int:
-  return -(-size // BLOCK) * BLOCK
 
 
 class _Timed:

@@ -356,8 +356,6 @@ def _store(job: Job, subject, name: str, size: int) -> ActivationStore:
 class _Scenes:
   """The scenes of one split, each made when it is asked for."""
 
-  blocks = None  # any order is as good
-
   split: str
   seed: int
   count: int

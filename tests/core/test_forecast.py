@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from lmm_sae.core import forecast
+from lmm_sae.core import forecast, grid
 from lmm_sae.core.forecast import Expected
 from lmm_sae.core.grid import TOKENS
 from lmm_sae.core.store import ActivationStore, StoreMeta
@@ -96,11 +96,11 @@ def test_a_group_takes_the_bytes_that_are_told(tmp_path, dtype, rows):
   }
   x_ND = rng.normal(size=(rows, 6)).astype(np.float32)
   store.write_group(1, {1: x_ND, 4: x_ND}, tokens, [], [])
-  files = [file for file in tmp_path.glob('*/c/**/*') if file.is_file()]
-  arrays = forecast.array_bytes(6, (1, 4), dtype)
-  found = forecast.group_bytes(rows, arrays, shard_rows=20, chunk_rows=4)
-  blocks = [-(-file.stat().st_size // 4096) * 4096 for file in files]
-  assert found == sum(blocks)
-  # The formula, not the rounding to blocks, must be right.
-  told = [size for each in store.manifest[0]['bytes'].values() for size in each]
-  assert forecast.group_bytes(rows, arrays, 20, 4, block=1) == sum(told)
+  (line,) = store.manifest
+  fields = grid.fields((1, 4), 6, dtype)
+  for name, (kind, columns) in fields.items():
+    row = np.dtype(kind).itemsize * (columns or 1)
+    assert forecast.shard_bytes(rows, row, 20, 4) == line['bytes'][name]
+  paths = [path for path in tmp_path.glob('*/c/**/*') if path.name != 'c']
+  found = forecast.group_bytes(rows, fields, 20, 4)
+  assert found == sum(path.stat().st_blocks * 512 for path in paths)

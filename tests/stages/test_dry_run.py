@@ -9,12 +9,13 @@ import pytest
 
 from experiments import base, llava_next_8b
 from lmm_sae import cli
+from lmm_sae.core import places
 from lmm_sae.core.workdir import Workdir
 from lmm_sae.lmm import measured, measuring, needs
 from lmm_sae.stages import capture
 from tests.lmm import tiny_llava
 from tests.stages import captures
-from tests.stages.captures import BAD, LAYERS, config_of, digest, stores
+from tests.stages.captures import BAD, config_of, digest, stores
 
 KINDS = ('bos', 'template', 'question', 'answer', 'base', 'tile', 'newline')
 
@@ -175,7 +176,7 @@ def test_a_store_that_is_partly_captured_is_left_as_it_is(
   done = disk_bytes(tmp_path / 'run')
   capture.run(config, workdir)
   left = sum(part.bytes.total for part in parts.values())
-  assert left == pytest.approx(disk_bytes(tmp_path / 'run') - done, rel=0.15)
+  assert left == pytest.approx(disk_bytes(tmp_path / 'run') - done, rel=0.2)
   out, _ = forecast(config, tmp_path / 'run')
   assert 'nothing is left to be done' in out
   assert out.splitlines()[-1] == 'capture is complete: there is nothing to do'
@@ -207,7 +208,7 @@ def test_of_a_bucket_it_is_not_known_what_it_holds(
 ):
   config.acts = 's3://bucket/run'
   monkeypatch.setattr(measured.captured, 'found', lambda *_: {})
-  monkeypatch.setattr(measured.places.Place, 'exists', lambda _: False)
+  monkeypatch.setattr(places.Place, 'exists', lambda _: False)
   out, _ = forecast(config, tmp_path / 'run')
   told = 's3://bucket/run: a bucket; how much it may hold is not known'
   assert told in re.sub(r'\s+', ' ', out)
@@ -265,7 +266,7 @@ def test_a_config_json_alone_tells_width_and_weights(
   count = needs.parameters(model_folder)
   assert needs.parameters(bare) == count
   assert f'{needs.size(2 * count)} as bfloat16' in out
-  lacking = f'lacks tokenizer.json, preprocessor_config.json, '
+  lacking = 'lacks tokenizer.json, preprocessor_config.json, '
   assert lacking in re.sub(r'\s+', ' ', out)
   assert out.splitlines()[-1] == 'capture cannot start here; missing: weights'
 
