@@ -187,6 +187,7 @@ def get_config() -> ConfigDict:
         'samples': 0,  # samples of the source; data.limit and scenes are known
         'tokens': 0,  # rows a sample, on average; 0: capture.max_tokens
         'width': 0,  # D; 0: from the config.json of lmm.path
+        'trial': 24,  # samples at least that capture --dry_run measures by
         'devices': 1,  # that share the SAE and its rows
         'tflops': 0.0,  # TFLOP/s one device sustains; 0: no hours are told
         'topology': '',  # chips to plan for: v5p:4x4x4, v5e:4x4, h100:8, gpu:8

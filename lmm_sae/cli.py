@@ -30,7 +30,8 @@ lmm-sae inspect PATH [--stats] [--json] [--against=PATH]
   --config     a file with get_config(), or the config.json of a workdir
   --workdir    folder of the run; running a stage again goes on where it was
   --verbosity  1: more is logged, and an error shows its traceback; -1: less
-  --dry_run    show the resolved config and stop
+  --dry_run    show the resolved config and stop; of capture: what it lacks
+               here, what it would take, and whether it fits
   --norecord   leave config.json as it is
   --help       with a stage: its fields, their values and what they mean"""
 
@@ -143,7 +144,8 @@ def _run(argv: list[str]) -> int:
   overrides += [f'--config.{name}.{word}' for word in short]
   if stage.takes and values.positional[1:]:
     overrides.append(f'--config.{name}.{stage.takes}={values.positional[1]}')
-  if not values.workdir and stage.needs:
+  forecast = values.dry_run and name == 'capture'
+  if not values.workdir and stage.needs and not forecast:
     raise wording.UsageError(f'{name}: --workdir=DIR is missing')
   if re.match(r'\w+://', values.workdir):
     raise NotImplementedError(
@@ -153,9 +155,15 @@ def _run(argv: list[str]) -> int:
   flags.FLAGS.mark_as_parsed()
   logging.set_verbosity(values.verbosity)
   config = resolve(_config_file(name, values.config), overrides)
-  workdir = Workdir.of(values.workdir or DEFAULT_WORKDIR, config.acts)
+  without = 'DIR' if forecast else DEFAULT_WORKDIR
+  workdir = Workdir.of(values.workdir or without, config.acts)
   if stage.needs:
     configs.prepare(config, workdir)
+  if forecast:
+    _threads(name, config)
+    stage_module = importlib.import_module(f'lmm_sae.stages.{name}')
+    stage_module.dry_run(config, workdir)
+    return 0
   if values.dry_run:
     print(f'{name} in {workdir.root}, with')
     _show(config, tuple(config))

@@ -10,6 +10,8 @@ EXTRAS = {  # the extra that brings a package which the core does not need
   'grain': 'sae',
   'torch': 'torch',
   'transformers': 'torch',
+  'accelerate': 'torch',
+  'bitsandbytes': 'int8',
   'fastapi': 'serve',
   'uvicorn': 'serve',
   'huggingface_hub': 'hub',

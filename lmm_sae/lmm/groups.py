@@ -56,7 +56,7 @@ class Rows:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Ready:
+class Ready:
   """A sample ready for the model.
 
   Attributes:
@@ -102,7 +102,7 @@ class _Order:
 
   @classmethod
   def of(
-    cls, ready: Sequence[_Ready], seed: int, split: str, mix: bool
+    cls, ready: Sequence[Ready], seed: int, split: str, mix: bool
   ) -> '_Order':
     counts = [len(each.keep_N) for each in ready]
     samples = np.array([each.record.sample for each in ready], np.int32)
@@ -170,7 +170,7 @@ class Capturer:
       RefusedError: the source cannot be reached.
       StoppedError: `stopped` said so.
     """
-    ready, rejects = self._read(samples, stopped)
+    ready, rejects = self.read(samples, stopped)
     order = _Order.of(ready, self.seed, self.split.name, self.mix)
     with contextlib.closing(prefetch(self._batches(ready), AHEAD)) as batches:
       first = list(itertools.islice(batches, 1))  # starts the thread
@@ -213,7 +213,7 @@ class Capturer:
           layers[layer][order.of_sample(place)] = rows_ND.view(np.int16)
     return {at: x_ND.view(ml_dtypes.bfloat16) for at, x_ND in layers.items()}
 
-  def _batches(self, ready: Sequence[_Ready]) -> Iterator[_Batch]:
+  def _batches(self, ready: Sequence[Ready]) -> Iterator[_Batch]:
     """Samples of like length together, so that little is padding."""
     lengths = [len(each.tokens.token_T) for each in ready]
     order = sorted(range(len(ready)), key=lengths.__getitem__)
@@ -235,9 +235,9 @@ class Capturer:
 
   # Reading.
 
-  def _read(
+  def read(
     self, samples: Sequence[int], stopped: Callable[[], bool]
-  ) -> tuple[list[_Ready], list[dict[str, str]]]:
+  ) -> tuple[list[Ready], list[dict[str, str]]]:
     """The samples, in order, and those that cannot be captured."""
     ready, rejects, waiting = [], [], 0
     for sample in samples:
@@ -261,7 +261,7 @@ class Capturer:
         ) from error
     return ready, rejects
 
-  def _ready(self, item: Item, sample: int, row: int, waits: bool) -> _Ready:
+  def _ready(self, item: Item, sample: int, row: int, waits: bool) -> Ready:
     images = _images(item)
     if not item.conversation:
       prompt = self.subject.bare(IMAGE * len(images))
@@ -298,7 +298,7 @@ class Capturer:
       more=tuple(pictures[1:]),
     )
     keep_N = self.choice.keep(self.seed, self.split.name, sample, tokens.kind_T)
-    return _Ready(row, record, tokens, keep_N, images if waits else [], waits)
+    return Ready(row, record, tokens, keep_N, images if waits else [], waits)
 
 
 def _images(item: Item) -> list[Image.Image]:
@@ -310,7 +310,7 @@ def _joined(arrays: Sequence[np.ndarray], dtype: Any, *columns: int):
 
 
 def _fields(
-  ready: Sequence[_Ready], order_N: np.ndarray
+  ready: Sequence[Ready], order_N: np.ndarray
 ) -> dict[str, np.ndarray]:
   """What the token maps say of the stored rows, in their final order."""
   maps = [(each.tokens, each.keep_N) for each in ready]

@@ -19,6 +19,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from absl import logging
 from ml_collections import ConfigDict
@@ -38,13 +39,18 @@ from lmm_sae.core.jobs import CaptureConfig, Job, SubjectConfig, Task
 from lmm_sae.core.sources import SPLITS, DataConfig, Item, Split
 from lmm_sae.core.store import ActivationStore, StoreMeta
 from lmm_sae.core.workdir import Workdir
+from lmm_sae.lmm import dry_run as dry_run_lib
 from lmm_sae.lmm import folders
+from lmm_sae.lmm.telling import Guess, Tools
 
 # Weights above this run in one process on all cores: their matrices are large
 # enough for threads, and a copy a core would not fit the memory.
 SMALL_BYTES = 256 * 2**20
 MAX_PROCESSES = 16  # each takes about half a GB for torch alone
 ATTEMPTS = 2  # of a group on this machine
+
+# work(job, task, stopped): what a worker does.
+Work = Callable[[Job, Task, Callable[[], bool]], Any]
 
 
 def run(config: ConfigDict, workdir: Workdir) -> None:
@@ -64,7 +70,7 @@ def run(config: ConfigDict, workdir: Workdir) -> None:
   def rate() -> str:
     return f'{seen / (time.monotonic() - begin):.4g} tokens/s'
 
-  with _crew(job, folder, len(tasks)) as (start, count, attempts):
+  with _crew(job, folder, len(tasks), make_group) as (start, count, attempts):
     done = workers.run(tasks, start, count, attempts)
     with contextlib.closing(done):
       for _, more in progress.track(
@@ -79,6 +85,17 @@ def run(config: ConfigDict, workdir: Workdir) -> None:
     rate(),
   )
   captured.finish(job, fingerprint)
+
+
+def dry_run(config: ConfigDict, workdir: Workdir) -> None:
+  """Prints what a capture lacks and would take: see `lmm.dry_run`."""
+  plan = config.plan
+  lines = dry_run_lib.tell(
+    job_of(config, workdir),
+    Guess(plan.samples, plan.tokens, plan.width, plan.trial, plan.devices),
+    Tools(open_splits, _capturers, _crew, _small),
+  )
+  print('\n'.join(lines))
 
 
 def job_of(config: ConfigDict, workdir: Workdir) -> Job:
@@ -137,17 +154,21 @@ def _warn_of_memory(job: Job) -> None:
 
 @contextlib.contextmanager
 def _crew(
-  job: Job, folder: pathlib.Path, tasks: int
+  job: Job, folder: pathlib.Path, tasks: int, work: Work
 ) -> Iterator[tuple[Callable[[int], workers.Worker], int, int]]:
-  """(start, count, attempts), as `workers.run` takes them."""
-  small = job.lmm.device == 'cpu' and folders.size(folder) <= SMALL_BYTES
+  """(start, count, attempts), as `workers.run` takes them.
+
+  Args:
+    work: what a worker does of a job: `make_group`.
+  """
+  small = _small(job, folder)
   opts, cores = job.capture, job.lmm.threads or host.cores()
   if opts.workers == 'ray' and tasks:
     _check_ray(job)
     with ray_workers.cluster(opts) as ray:
       count = opts.processes or ray_workers.fitting(ray, opts)
       threads = job.lmm.threads or max(1, int(opts.ray_cpus))
-      make = _maker(job, threads=1 if small else threads)
+      make = _maker(job, work, threads=1 if small else threads)
       yield (
         lambda _: ray_workers.RayWorker(ray, opts, make),
         count,
@@ -161,7 +182,7 @@ def _crew(
 
   def start(at: int) -> workers.Worker:
     device = f'cuda:{at % gpus}' if gpus > 1 else job.lmm.device
-    make = _maker(job, threads, device)
+    make = _maker(job, work, threads, device)
     return (
       local_workers.Process(make) if count > 1 else local_workers.Thread(make)
     )
@@ -169,12 +190,19 @@ def _crew(
   yield start, count, ATTEMPTS
 
 
-def _maker(job: Job, threads: int, device: str = '') -> workers.Make:
-  """`make_group` of a process that has so many threads, and that device."""
+def _small(job: Job, folder: pathlib.Path) -> bool:
+  """Whether each core has a copy of the model."""
+  return job.lmm.device == 'cpu' and folders.size(folder) <= SMALL_BYTES
+
+
+def _maker(
+  job: Job, work: Work, threads: int, device: str = ''
+) -> workers.Make:
+  """`work` of a process that has so many threads, and that device."""
   lmm = dataclasses.replace(
     job.lmm, threads=threads, device=device or job.lmm.device
   )
-  return functools.partial(make_group, dataclasses.replace(job, lmm=lmm))
+  return functools.partial(work, dataclasses.replace(job, lmm=lmm))
 
 
 def _check_ray(job: Job) -> None:
@@ -236,24 +264,30 @@ _OPENING = threading.Lock()  # or two threads would load the model, each its own
 
 @functools.lru_cache(maxsize=1)
 def _opened(job: Job) -> _Opened:
-  subject = load_subject(job)
-  splits = {split.name: split for split in open_splits(job.data)}
+  found = _capturers(job)
   stores = {
-    name: _store(job, subject, name, len(split.rows))
-    for name, split in splits.items()
+    name: _store(job, each.subject, name, len(each.split.rows))
+    for name, each in found.items()
   }
-  turn = threading.Lock()
   return _Opened(
     stores,
     {
       name: dataclasses.replace(
-        capturer(job, subject, split),
-        save=None if name == 'train' else stores[name].keep,
-        turn=turn,
+        each, save=None if name == 'train' else stores[name].keep
       )
-      for name, split in splits.items()
+      for name, each in found.items()
     },
   )
+
+
+@functools.lru_cache(maxsize=1)
+def _capturers(job: Job) -> dict:
+  """The `groups.Capturer` of each split, which keep no images."""
+  subject, turn = load_subject(job), threading.Lock()
+  return {
+    split.name: dataclasses.replace(capturer(job, subject, split), turn=turn)
+    for split in open_splits(job.data)
+  }
 
 
 def load_subject(job: Job):

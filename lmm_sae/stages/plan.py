@@ -21,7 +21,8 @@ import pathlib
 
 from ml_collections import ConfigDict
 
-from lmm_sae.core import host
+from lmm_sae.core import forecast, host
+from lmm_sae.core.forecast import size, span
 from lmm_sae.core.workdir import Workdir
 from lmm_sae.kernels import cost
 from lmm_sae.sae import meshes, topology
@@ -31,7 +32,6 @@ from lmm_sae.sae.model import SaeConfig
 from lmm_sae.sae.options import TrainConfig
 from lmm_sae.sae.topology import Topology
 
-TOKEN_BYTES = 25  # sample, position, token 4 each; kind 1; row, col 2; box 8
 STATE_BYTES = 16  # float32 a parameter: itself, its gradient, two moments
 KEPT_BYTES = 12  # of those, what a checkpoint holds
 
@@ -43,6 +43,7 @@ class PlanConfig:
   Attributes:
     samples: samples captured; tokens: rows of each, on average.
     width: D; layers: how many layers are stored, each with an SAE of its own.
+    stored: dtype of the rows, bfloat16 or int8.
     latents, k: of the SAE.
     rows: a step; steps: of the training; keep: checkpoints kept.
     auxk: whether dead latents are trained on the residual.
@@ -54,6 +55,7 @@ class PlanConfig:
   tokens: int
   width: int
   layers: int
+  stored: str
   latents: int
   k: int
   rows: int
@@ -89,6 +91,7 @@ class PlanConfig:
       width=plan.width
       or host.language_model(config.lmm.path).get('hidden_size', 0),
       layers=len(config.lmm.layers),
+      stored=config.capture.store,
       latents=config.sae.latents,
       k=config.sae.k,
       rows=config.train.rows,
@@ -130,7 +133,7 @@ def reckon(opts: PlanConfig) -> Plan:
     hours = flops * opts.steps * opts.layers / rate / 3600
   return Plan(
     rows=rows,
-    store_bytes=rows * (2 * d * opts.layers + TOKEN_BYTES),
+    store_bytes=rows * forecast.row_bytes(d, opts.layers, opts.stored),
     parameters=parameters,
     state_bytes=parameters * STATE_BYTES // opts.devices,
     batch_bytes=4 * n * (m + 2 * d) // opts.devices,
@@ -199,7 +202,10 @@ def store_lines(opts: PlanConfig, plan: Plan) -> list[tuple[str, str]]:
   """What the data set and the SAE are."""
   return [
     ('tokens', f'{plan.rows:,} ({opts.samples:,} samples, {opts.tokens} each)'),
-    ('store', f'{size(plan.store_bytes)} (bf16, layers: {opts.layers})'),
+    (
+      'store',
+      f'{size(plan.store_bytes)} ({opts.stored}, layers: {opts.layers})',
+    ),
     ('SAE', f'{plan.parameters:,} parameters a layer'),
     ('', f'D={opts.width}, M={opts.latents}, K={opts.k}'),
     ('checkpoints', f'{size(plan.checkpoint_bytes)} ({opts.keep} kept)'),
@@ -336,22 +342,7 @@ def mesh_lines(shares: list[Share], chip: cost.Device) -> list[tuple[str, str]]:
   return lines
 
 
-def span(seconds: float) -> str:
-  """Hours, or days where they are many."""
-  hours = seconds / 3600
-  return f'{hours:.3g} h' if hours < 48 else f'{hours / 24:.3g} days'
-
-
 def of(count: float, chip: cost.Device) -> str:
   """Bytes of a chip's memory."""
   told = 'fits' if count <= chip.memory else 'does not fit'
   return f'{size(count)} of {size(chip.memory)}: {told}'
-
-
-def size(count: float) -> str:
-  """Bytes in the unit that people read."""
-  for unit in ('B', 'KiB', 'MiB', 'GiB'):
-    if count < 1024:
-      return f'{count:.3g} {unit}'
-    count /= 1024
-  return f'{count:.3g} TiB'

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from experiments import llava_next_8b
-from lmm_sae.core import host
+from lmm_sae.core import forecast, host
 from lmm_sae.core.workdir import Workdir
 from lmm_sae.kernels import cost
 from lmm_sae.sae import meshes
@@ -20,6 +20,7 @@ OPTS = plan.PlanConfig(
   tokens=10,
   width=4,
   layers=2,
+  stored='bfloat16',
   latents=8,
   k=2,
   rows=5,
@@ -35,7 +36,7 @@ def test_rows_and_bytes_of_the_store():
   found = plan.reckon(OPTS)
   assert found.rows == 30
   # 2 layers of 4 bf16 numbers and the token arrays, each row.
-  assert found.store_bytes == 30 * (2 * 4 * 2 + plan.TOKEN_BYTES)
+  assert found.store_bytes == 30 * (2 * 4 * 2 + forecast.TOKEN_BYTES)
   assert found.epochs == 2.0
 
 
@@ -96,12 +97,6 @@ def test_the_limit_bounds_the_samples_of_a_source(config):
   assert plan.PlanConfig.of(config).samples == 30
 
 
-def test_sizes_are_told_in_the_unit_that_people_read():
-  assert plan.size(1023) == '1.02e+03 B'
-  assert plan.size(3 * 2**30) == '3 GiB'
-  assert plan.size(2**41) == '2 TiB'
-
-
 @pytest.fixture
 def paper():
   """The paper's config, on a GPU that is described."""
@@ -136,7 +131,7 @@ def test_a_gpu_is_planned_for_by_arithmetic_and_said_so(
   assert own['dead_s'] > own['roofline_s']
   speed = 73_600 / own['roofline_s']
   assert f'{speed:,.0f}' in text
-  assert plan.span(24_000 * own['roofline_s']) in text
+  assert forecast.span(24_000 * own['roofline_s']) in text
   assert 'tokens       1,791,700,000 (779,000 samples' in text
 
 
