@@ -22,7 +22,7 @@ def get_config() -> ConfigDict:
       },
       'data': {
         'source': 'scenes',  # scenes, llava, images, hub
-        'path': '',  # llava: JSON or JSONL; images: folder; hub: see below
+        'path': '',  # llava: JSON or JSONL; images: folder; hub:
         # owner/name[@revision] of the hub, or a parquet file or folder
         'subset': '',  # hub: configuration of the data set; '': its only one
         'split': 'train',  # hub: split of the data set
