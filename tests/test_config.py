@@ -188,3 +188,38 @@ def test_a_change_of_what_is_asked_later_is_taken(run, config):
   run.file('acts').mkdir()
   config.explain.limit = 7
   configs.prepare(config, run)
+
+
+@pytest.mark.parametrize(
+  ('field', 'value'),
+  [('batch', 9), ('keep_halves', ('text',)), ('mix', False), ('store', 'int8')],
+)
+def test_what_a_capture_stored_cannot_be_told_anew(run, config, field, value):
+  (run.root / 'acts').mkdir()
+  config.capture[field] = value
+  with pytest.raises(
+    ValueError, match=rf'made by `capture` with capture.{field}'
+  ):
+    configs.prepare(config, run)
+
+
+def test_how_a_capture_is_made_may_be_told_anew(run, config):
+  (run.root / 'acts').mkdir()
+  config.capture.update(processes=3, workers='ray', ray_gpus=1.0, share='1/4')
+  config.lmm.threads = 2
+  configs.prepare(config, run)
+
+
+def test_a_share_is_of_one_command_and_not_kept(tmp_path, config):
+  config.capture.share = '1/4'
+  workdir = Workdir.of(tmp_path)
+  configs.save(config, workdir)
+  assert configs.load(workdir.file('config.json')).capture.share == ''
+  assert [path.name for path in tmp_path.iterdir()] == ['config.json']
+
+
+def test_a_config_that_another_host_is_writing_is_no_other_thing(
+  tmp_path, config
+):
+  (tmp_path / 'config.json.node7-123.part').write_text('{')
+  configs.prepare(config, Workdir.of(tmp_path))
