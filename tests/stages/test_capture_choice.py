@@ -331,3 +331,19 @@ def test_too_much_for_the_memory_is_told(settings, plain, caplog):
   finally:
     logging.get_absl_logger().removeHandler(caplog.handler)
   assert 'lower capture.group' in caplog.text
+
+
+def test_a_store_in_a_bucket_has_the_bytes_of_a_local_one(
+  settings, tmp_path, s3
+):
+  config = settings.copy_and_resolve_references()
+  capture.run(config, Workdir.of(tmp_path))
+  remote = Workdir.of(tmp_path, s3)
+  capture.run(config, remote)
+  local = Workdir.of(tmp_path).acts_root
+  for file in (tmp_path / 'acts').rglob('*'):
+    if file.is_file():
+      name = str(file.relative_to(local.url))
+      assert (remote.acts_root / name).read() == file.read_bytes(), name
+  for name in ('train', 'a', 'b'):
+    assert not (remote.acts(name) / 'groups').list()
