@@ -174,6 +174,7 @@ class ActivationStore:
     larger than the variance about the mean of the whole store, so the cost is
     not told smaller than it is. None of bfloat16, which is stored as it comes.
     """
+    self._check_layer(layer)
     if self.meta.dtype == 'bfloat16':
       return None
     found = [line['rounding'][str(layer)] for line in self.manifest]
@@ -224,11 +225,7 @@ class ActivationStore:
     Raises:
       ValueError: as in `read`.
     """
-    if layer not in self.meta.layers:
-      raise ValueError(
-        f'layer {layer} is not in {self.path}, which holds {self.meta.layers}: '
-        'set lmm.layers and capture again'
-      )
+    self._check_layer(layer)
     names = [f'layer_{layer}']
     if self.meta.dtype == 'int8':
       names.append(f'scale_{layer}')
@@ -365,6 +362,13 @@ class ActivationStore:
     self._forget()
 
   # Inside.
+
+  def _check_layer(self, layer: int) -> None:
+    if layer not in self.meta.layers:
+      raise ValueError(
+        f'layer {layer} is not in {self.path}, which holds {self.meta.layers}: '
+        'set lmm.layers and capture again'
+      )
 
   def _check_writes(self) -> None:
     if not self._writes:

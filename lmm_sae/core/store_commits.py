@@ -28,12 +28,19 @@ MEND = (
   'again'
 )
 NAME = re.compile(r'\d+\.json')
-LINE = ('group', 'start', 'stop', 'samples', 'rejects', 'kinds', 'bytes')
 KEYS = {  # what must be there
-  'manifest': LINE,
-  'samples': ('group', 'sample'),
-  'rejects': ('group', 'source', 'reason'),
-  'commit': ('manifest', 'samples', 'rejects'),
+  'manifest': {
+    'group': int,
+    'start': int,
+    'stop': int,
+    'samples': int,
+    'rejects': int,
+    'kinds': dict,
+    'bytes': dict,
+  },
+  'samples': {'group': int, 'sample': int},
+  'rejects': {'group': int, 'source': str, 'reason': str},
+  'commit': {'manifest': dict, 'samples': list, 'rejects': list},
 }
 FILES = ('samples', 'rejects', 'manifest')  # in the order they are sealed
 
@@ -158,11 +165,14 @@ class Commits:
     found = []
     for text in texts:
       try:
-        found.append(parse(text, place, KEYS[kind]))
+        line = parse(text, place)
+        if not _fits(line, kind):
+          raise ValueError(f'{place} is damaged, a line is none: {MEND}')
+        found.append(line)
       except ValueError as error:
         if self._torn is None:
           raise
-        self._torn.append((place, str(error.__cause__ or error)))
+        self._torn.append((place, str(error.__cause__ or 'a line is none')))
     return found
 
   def _commits(self, groups: list[int]) -> Iterable[tuple[int, Line]]:
@@ -208,6 +218,26 @@ class Commits:
     for name in order:
       text = ''.join(f'{_dumps(line)}\n' for line in ready[name])
       (self._path / f'{name}.jsonl').write(text.encode())
+
+
+def _fits(line: Line, kind: str) -> bool:
+  """Whether a line has the keys of its kind, of their types."""
+  if not all(isinstance(line.get(k), of) for k, of in KEYS[kind].items()):
+    return False
+  if kind == 'manifest':
+    counts = [line['kinds'].values()]
+    for sizes in line['bytes'].values():
+      if not isinstance(sizes, list):
+        return False
+      counts.append(sizes)
+    return all(isinstance(count, int) for some in counts for count in some)
+  if kind == 'commit':
+    return _fits(line['manifest'], 'manifest') and all(
+      isinstance(each, dict) and _fits(each, name)
+      for name in ('samples', 'rejects')
+      for each in line[name]
+    )
+  return True
 
 
 def parse(

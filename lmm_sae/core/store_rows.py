@@ -34,11 +34,7 @@ def to_int8(x_ND: np.ndarray, /) -> tuple[np.ndarray, np.ndarray]:
         'capture.store=bfloat16, or lmm.dtype=float32'
       )
     scale_N[at] = top / np.float32(STEPS)
-    some = scale_N[at] > 0
-    inverse = np.divide(1, scale_N[at], out=np.zeros_like(top), where=some)
-    if not np.isfinite(inverse).all():  # of a row that is all but zero
-      inverse[~np.isfinite(inverse)] = 0
-    x *= inverse[:, None]
+    x /= np.where(scale_N[at] > 0, scale_N[at], 1)[:, None]
     np.rint(x, out=x)
     codes_ND[at] = np.clip(x, -STEPS, STEPS, out=x)
   return codes_ND, scale_N

@@ -95,7 +95,10 @@ def write(
     rows = values[name][at]
     if not name.startswith('layer_') or meta.dtype == 'bfloat16':
       return {name: arrays.write(name, shard, rows)}, None
-    codes_ND, scale_N = store_rows.to_int8(rows)
+    try:
+      codes_ND, scale_N = store_rows.to_int8(rows)
+    except ValueError as error:
+      raise ValueError(f'{name}, from row {at.start} on: {error}') from error
     spread = store_rows.Spread.of(rows, codes_ND, scale_N, kept_N[at])
     scale = name.replace('layer_', 'scale_')
     return {

@@ -12,13 +12,6 @@ from lmm_sae.core.places import Place
 from lmm_sae.core.workdir import Workdir
 
 
-@pytest.fixture(params=['local', 's3'])
-def place(request, tmp_path) -> Place:
-  if request.param == 'local':
-    return Place.of(tmp_path / 'store')
-  return Place.of(request.getfixturevalue('s3'))
-
-
 def test_what_is_written_is_read_listed_and_deleted(place):
   file = place / 'groups' / '000001.json'
   assert not file.exists()

@@ -1,12 +1,6 @@
 import dataclasses
-import hashlib
+import io
 import json
-import os
-import pathlib
-import signal
-import subprocess
-import sys
-import textwrap
 
 import ml_dtypes
 import numpy as np
@@ -14,98 +8,16 @@ import pytest
 from PIL import Image
 
 from lmm_sae.core import grid, records
-from lmm_sae.core.store import ActivationStore, StoreMeta
+from lmm_sae.core.store import ActivationStore
 from lmm_sae.core.tokens import Kind
-
-META = StoreMeta(
-  split='train',
-  model='toy',
-  fingerprint='f00',
-  layers=(1, 4),
-  layer_paths={'1': 'model.layers.1', '4': 'model.layers.4'},
-  width=6,
-  grid=(2, 3),
-  image_backend='pil',
-  config={'data': {'seed': 3}},
+from tests.core.store_cases import (
+  GROUPS,
+  META,
+  create,
+  digest,
+  group,
+  mixed,
 )
-SIZES = {'groups': 5, 'group_rows': 24, 'shard_rows': 12, 'chunk_rows': 4}
-
-
-def create(path, meta=META):
-  return ActivationStore.create(path, meta, **SIZES)
-
-
-def group(index, lengths=(7, 6), rejects=0, seed=0):
-  """Arguments of write_group for samples of the given lengths."""
-  rng = np.random.default_rng([seed, index])
-  count = sum(lengths)
-  layers = {
-    layer: rng.normal(size=(count, 6)).astype(ml_dtypes.bfloat16)
-    for layer in (1, 4)
-  }
-  ids = [10 * index + at for at in range(len(lengths))]
-  tokens = {
-    'sample': np.repeat(ids, lengths).astype(np.int32),
-    'position': np.concatenate([np.arange(n) for n in lengths] or [[]]),
-    'token': rng.integers(0, 500, count),
-    'kind': rng.integers(0, 7, count),
-    'row': rng.integers(-1, 9, count),
-    'col': rng.integers(-1, 9, count),
-    'image': rng.integers(-1, 3, count),
-    'box': rng.integers(0, 128, (count, 4)),
-  }
-  stops = np.cumsum(lengths)
-  samples = [
-    records.Sample(
-      sample=i,
-      group=-1,
-      source=f'row {i}',
-      image='',
-      width=0,
-      height=0,
-      prompt='é <image>',
-      turns=(records.Turn('colour', 'which?', 'red', 'red'),),
-      start=int(stop - n),
-      stop=int(stop),
-    )
-    for i, n, stop in zip(ids, lengths, stops, strict=True)
-  ]
-  bad = [{'source': f'bad {i}', 'reason': 'torn'} for i in range(rejects)]
-  return {
-    'group': index,
-    'layers': layers,
-    'tokens': tokens,
-    'samples': samples,
-    'rejects': bad,
-  }
-
-
-GROUPS = [
-  group(0),
-  group(1, (5,), rejects=2),
-  group(2, ()),
-  group(3, (24,)),
-  group(4, (1, 2, 3), rejects=1),
-]
-
-
-def digest(path):
-  """{relative path: sha256} of every file under a folder."""
-  return {
-    str(file.relative_to(path)): hashlib.sha256(file.read_bytes()).hexdigest()
-    for file in sorted(pathlib.Path(path).rglob('*'))
-    if file.is_file()
-  }
-
-
-@pytest.fixture(scope='module')
-def whole(tmp_path_factory):
-  path = tmp_path_factory.mktemp('whole') / 'train'
-  made = create(path)
-  for each in GROUPS:
-    made.write_group(**each)
-  made.seal()
-  return path
 
 
 def test_what_was_written_is_read_back(whole):
@@ -236,89 +148,58 @@ def test_wrong_groups_are_refused(tmp_path):
     reader.write_group(**group(1))
 
 
-def test_what_a_killed_writer_left_is_replaced(whole, tmp_path):
-  made = create(tmp_path / 's')
-  made.write_group(**GROUPS[0])
-  made.write_group(**group(2, (9, 9), rejects=3, seed=1))
-  (tmp_path / 's' / 'groups' / '000002.json').unlink()
-  again = create(tmp_path / 's')
-  assert again.committed() == {0}
-  for each in GROUPS[1:]:
-    again.write_group(**each)
-  again.seal()
-  assert digest(tmp_path / 's') == digest(whole)
+def test_mixed_rows_and_missing_tokens_are_refused_where_order_counts(tmp_path):
+  made = create(tmp_path / 's', dataclasses.replace(META, mixed=True))
+  made.write_group(**mixed(group(0)))
+  with pytest.raises(ValueError, match=r'capture.mix=False'):
+    made.span(made.sample(0))
+  with pytest.raises(
+    ValueError, match=r'sample 0 has rows \(0, 7\) in a mixed'
+  ):
+    made.write_group(**group(0) | {'group': 1})
+  for split, field in (('train', 'keep'), ('a', 'keep_halves')):
+    meta = dataclasses.replace(META, split=split)
+    some = create(tmp_path / split, meta)
+    each = group(0)
+    part = dataclasses.replace(each['samples'][1], tokens=9)
+    some.write_group(**each | {'samples': [each['samples'][0], part]})
+    assert some.span(some.sample(0)) == (0, 7)
+    with pytest.raises(ValueError, match=rf'6 of the 9 .*capture.{field}='):
+      some.span(some.sample(1))
 
 
-def test_a_corrupt_chunk_is_an_error(tmp_path):
-  made = create(tmp_path / 's')
-  made.write_group(**GROUPS[0])
-  shard = tmp_path / 's' / 'layer_4' / 'c' / '0' / '0'
-  data = bytearray(shard.read_bytes())
-  data[0] ^= 1
-  shard.write_bytes(data)
-  with pytest.raises(ValueError, match=r'layer_4/c/0/0 is damaged \(Digest'):
-    ActivationStore.open(tmp_path / 's', partial=True).read(4, 0, 13)
-
-
-@pytest.mark.parametrize('writes', [1, 2, 12, 22, 66, 67, 68, 69])
-def test_a_killed_writer_resumes_byte_for_byte(whole, tmp_path, writes):
-  script = textwrap.dedent(
-    f"""
-    import os, signal, sys
-    sys.path[:0] = [{str(pathlib.Path(__file__).parent)!r}]
-    import test_store
-    from lmm_sae.core.places import Place
-    left = {writes}
-    def counted(method):
-      def inner(*args):
-        global left
-        left -= 1
-        if left == 0:
-          os.kill(os.getpid(), signal.SIGKILL)
-        return method(*args)
-      return inner
-    Place.write = counted(Place.write)
-    made = test_store.create(sys.argv[1])
-    for each in test_store.GROUPS:
-      if each['group'] not in made.committed():
-        made.write_group(**each)
-    made.seal()
-    """
-  )
-  path = tmp_path / 's'
-  root = pathlib.Path(__file__).parents[2]
-  done = subprocess.run(
-    [sys.executable, '-c', script, str(path)],
-    cwd=root,
-    env={**os.environ, 'PYTHONPATH': str(root)},
-    check=False,
-    capture_output=True,
-  )
-  assert done.returncode == -signal.SIGKILL, done.stderr.decode()
-  made = create(path)
-  for each in GROUPS:
-    if each['group'] not in made.committed():
-      made.write_group(**each)
-  made.seal()
-  assert digest(path) == digest(whole)
-
-
-def test_images_and_regions_are_read_back(tmp_path):
-  made = create(tmp_path / 's')
+def test_images_and_regions_are_read_back(place, tmp_path):
+  made = create(place)
   each = group(0)
   rng = np.random.default_rng(0)
   regions = rng.integers(0, 4, (5, 7)).astype(np.uint8)
-  Image.fromarray(regions).save(tmp_path / 's' / 'r.png')
+  made.keep('r.png', png(Image.fromarray(regions)))
+  made.keep('images/000001.png', png(Image.new('L', (4, 3), 9)))
   Image.new('CMYK', (7, 5), (255, 0, 0, 0)).save(tmp_path / 'far.jpg')
   truth = {'regions': 'r.png', 'concepts': {'1': ['red']}}
   first = dataclasses.replace(
-    each['samples'][0], image=str(tmp_path / 'far.jpg'), truth=truth
+    each['samples'][0],
+    image=str(tmp_path / 'far.jpg'),
+    truth=truth,
+    more=(records.Picture('images/000001.png', 4, 3),),
   )
   made.write_group(**{**each, 'samples': [first, each['samples'][1]]})
+  made.refresh()
   assert made.image(0).mode == 'RGB'
   assert made.image(0).size == (7, 5)
+  assert made.image(0, 1).size == (4, 3)
   np.testing.assert_array_equal(made.regions(0), regions)
   with pytest.raises(ValueError, match='no image of sample 1'):
     made.image(1)
+  with pytest.raises(ValueError, match='no image 2 of sample 0'):
+    made.image(0, 2)
   with pytest.raises(ValueError, match='no regions of sample 1'):
     made.regions(1)
+  with pytest.raises(ValueError, match='open for reading'):
+    ActivationStore.open(place, partial=True).keep('x', b'')
+
+
+def png(image: Image.Image) -> bytes:
+  file = io.BytesIO()
+  image.save(file, 'PNG')
+  return file.getvalue()

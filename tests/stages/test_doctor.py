@@ -8,6 +8,7 @@ from lmm_sae.core import config as configs
 from lmm_sae.core import host
 from lmm_sae.core.workdir import Workdir
 from lmm_sae.stages import doctor
+from tests.sae import small
 
 
 @pytest.fixture(autouse=True)
@@ -53,8 +54,7 @@ def test_changed_weights_are_wrong(capsys, config, tmp_path):
 
 def test_a_workdir_shows_what_has_run(config, tmp_path):
   workdir = Workdir.of(tmp_path / 'run')
-  workdir.acts('train').mkdir(parents=True)
-  (workdir.acts('train') / 'manifest.jsonl').write_text('{}\n{}\n')
+  small.write_store(workdir.acts('train'), samples=20)
   workdir.sae(2).mkdir(parents=True)
   configs.save(config, workdir)
   found = text(doctor.examine(workdir))
@@ -62,6 +62,49 @@ def test_a_workdir_shows_what_has_run(config, tmp_path):
   assert found['capture a'] == 'not run'
   assert found['train'] == 'sae is there'
   assert found['report'] == 'not run'
+
+
+def test_a_damaged_store_is_named_and_dropped(
+  capsys, config, tmp_path, s3, monkeypatch
+):
+  monkeypatch.setattr(doctor, 'examine', lambda _: [])
+  for acts in (str(tmp_path / 'acts'), s3):
+    workdir = Workdir.of(tmp_path / 'run', acts)
+    store = small.write_store(workdir.acts('a'))
+    small.write_store(workdir.acts('b'), samples=3)
+    for name in ('layer_4/c/3/0', 'box/c/6/0'):
+      (store.path / name).write((store.path / name).read()[1:])
+    config.doctor.drop = False
+    for checksums in (True, False):
+      config.doctor.checksums = checksums
+      with pytest.raises(ValueError, match=r'wrong with: store a$'):
+        doctor.run(config, workdir)
+      out = capsys.readouterr().out
+      assert f'group 1: {store.path}/layer_4/c/3/0' in out
+      assert f'group 2: {store.path}/box/c/6/0' in out
+      assert '2 groups are damaged' in out
+      assert '3 of 3 groups committed, 400 rows' in out
+      assert '1 of 1 groups committed, 30 rows' in out
+    config.doctor.drop = True
+    doctor.run(config, workdir)
+    out = capsys.readouterr().out
+    assert 'dropped groups 1, 2: run `lmm-sae capture` again' in out
+    store.refresh()
+    assert store.committed() == {0}
+    small.write_store(workdir.acts('a'))
+    doctor.run(config, workdir)
+    assert '3 of 3 groups committed, 400 rows' in capsys.readouterr().out
+
+
+def test_a_store_that_cannot_be_reached_is_wrong(
+  capsys, config, tmp_path, s3, monkeypatch
+):
+  monkeypatch.setattr(doctor, 'KERNELS', 'print("none")')
+  workdir = Workdir.of(tmp_path / 'run', 's3://nowhere/acts')
+  configs.save(config, workdir)
+  with pytest.raises(ValueError, match=r'wrong with: capture train'):
+    doctor.run(config, workdir)
+  assert 'the bucket s3://nowhere does not exist' in capsys.readouterr().out
 
 
 def test_a_broken_framework_answers_with_its_complaint():
