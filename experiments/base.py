@@ -22,14 +22,15 @@ def get_config() -> ConfigDict:
       },
       'data': {
         'source': 'scenes',  # scenes, llava, images, hub
-        'path': '',  # llava: JSON or JSONL; images: folder; hub: name or folder
+        'path': '',  # llava: JSON or JSONL; images: folder; hub:
+        # owner/name[@revision] of the hub, or a parquet file or folder
         'subset': '',  # hub: configuration of the data set; '': its only one
         'split': 'train',  # hub: split of the data set
         'stream': False,  # hub: read rows over the network, keep no file
         'template': 'chat',  # chat: the model's; raw: turns alone, a line each
-        'image_root': '',  # llava: folder that `image` is relative to
+        'image_root': '',  # folder that rows' images lie in; '': the file's own
         'limit': 0,  # samples of the source that are used; 0: all
-        'seed': 0,  # of the split into halves, and of the scenes
+        'seed': 0,  # of halves, scenes, the tokens kept and their mixing
         'heldout': 0.25,  # share of the samples kept for halves A and B
         'train': 2400,  # scenes: samples of the train split
         'half': 500,  # scenes: samples of each of the halves A and B

@@ -32,6 +32,7 @@ def get_config() -> ConfigDict:
   config.data.seed = 42
 
   config.capture.batch = 8
+  config.capture.group = 256  # mixed in memory: 5 GB of rows, 18 shards
   config.capture.max_tokens = 4096  # 5 views of 576, newlines, the talk
 
   config.sae.latents = 2**17

@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from lmm_sae import cli
+from lmm_sae.core import jobs
 
 CONFIG = 'tests/sae/small_config.py'
 
@@ -137,6 +138,65 @@ def test_slurm_queues_a_job_again_that_has_no_time_left(slurm, tools, tmp_path):
   assert done.returncode == 0, done.stderr
   assert recorded(tmp_path / 'scontrol') == ['requeue', '77']
   assert (tmp_path / 'ended').exists()  # it was waited for after the signal
+
+
+@pytest.fixture
+def array(root, tools, tmp_path):
+  """sbatch --array, as far as one job of it sees it."""
+  tools('srun', recorder(tmp_path / 'srun'))
+
+  def run(number: int, of: str, count: int, *words: str, **env: str):
+    return launch(
+      root,
+      'slurm.sbatch',
+      *words,
+      SLURM_SUBMIT_DIR=str(root),
+      SLURM_JOB_ID=f'{90 + number}',
+      SLURM_ARRAY_JOB_ID='90',
+      SLURM_ARRAY_TASK_ID=str(number),
+      SLURM_ARRAY_TASK_MAX=of,
+      SLURM_ARRAY_TASK_COUNT=str(count),
+      **env,
+    )
+
+  return run
+
+
+def test_each_job_of_an_array_captures_its_share(
+  root, array, tmp_path, capsys, monkeypatch
+):
+  words = ('capture', CONFIG, 'w', '--config.capture.batch=3')
+  monkeypatch.chdir(root)
+  for number in (0, 15):
+    done = array(number, '15', 16, *words)
+    assert done.returncode == 0, done.stderr
+    called = recorded(tmp_path / 'srun')
+    given = called[called.index('.venv/bin/lmm-sae') + 1 :]
+    assert given[-2:] == [
+      f'--config.capture.share={number}/16',
+      '--config.capture.batch=3',
+    ]
+    values = cli.resolve(CONFIG, given[3:])
+    share = jobs.CaptureConfig(**values.capture).part
+    assert share == (number, 16)
+
+
+def test_a_part_of_an_array_is_told_how_many_shares_there_are(array, tmp_path):
+  words = ('capture', CONFIG, 'w')
+  done = array(3, '7', 2, *words)
+  assert done.returncode == 2
+  assert 'SHARES=N+1' in done.stderr
+  assert not (tmp_path / 'srun').exists()
+  done = array(3, '7', 2, *words, SHARES='16')
+  assert done.returncode == 0, done.stderr
+  assert '--config.capture.share=3/16' in recorded(tmp_path / 'srun')
+
+
+def test_slurm_refuses_an_array_of_another_stage(array, tmp_path):
+  done = array(0, '1', 2, 'index', CONFIG, 'w')
+  assert done.returncode == 2
+  assert 'index is not shared among the jobs of an array' in done.stderr
+  assert not (tmp_path / 'srun').exists()
 
 
 def test_slurm_asks_for_what_the_script_relies_on(root):

@@ -9,7 +9,10 @@ import difflib
 import importlib.util
 import io
 import json
+import os
 import pathlib
+import re
+import socket
 import sys
 import tokenize
 from typing import Any
@@ -21,13 +24,19 @@ from lmm_sae.core.workdir import Workdir
 
 FORMAT_VERSION = 1
 FILE = 'config.json'
+PART = re.compile(r'config\.json\..*part')  # of one that is being written
 SECRET = ('explain.api_key', 'server.token')  # never written to disk
 
 # What must not change once an output of the workdir stands. Each stage checks
 # its own settings more closely; this names the commonest mistake early.
 FIXED = {
   'acts': (
-    ('lmm.path', 'lmm.layers', 'lmm.dtype', 'data.', 'capture.max_tokens'),
+    (
+      *('lmm.path', 'lmm.layers', 'lmm.dtype', 'data.'),
+      *('capture.batch', 'capture.group', 'capture.max_tokens'),
+      *('capture.mix', 'capture.keep', 'capture.store'),  # and keep_halves
+      *('capture.shard_rows', 'capture.chunk_rows'),
+    ),
     'capture',
   ),
   'sae': (('seed', 'acts', 'lmm.layers', 'sae.'), 'train'),
@@ -42,6 +51,7 @@ FREE = (
 
 # What a command does once: config.json, given again, must not do it again.
 ONCE = {
+  'capture.share': '',
   'convert.source': '',
   'convert.pickles': False,
   'convert.upload': '',
@@ -158,7 +168,7 @@ def prepare(config: ConfigDict, workdir: Workdir) -> None:
   file = workdir.file(FILE)
   if not file.exists():
     # Another process of this run may be writing it.
-    if any(path.name != f'{FILE}.part' for path in root.iterdir()):
+    if any(not PART.fullmatch(path.name) for path in root.iterdir()):
       raise ValueError(
         f'{root} is not empty and no workdir (it has no {FILE}): '
         'name a new folder'
@@ -202,7 +212,11 @@ def save(config: ConfigDict, workdir: Workdir) -> None:
   file = workdir.file(FILE)
   if file.exists() and json.loads(file.read_text()) == line:
     return  # several processes of one run write the same
-  records.write_json(file, line)
+  # The jobs of an array, on many hosts, write it at once, each a part of its
+  # own, whose name the host and the process make.
+  part = file.with_name(f'{FILE}.{socket.gethostname()}-{os.getpid()}.part')
+  records.write_json(part, line)
+  part.replace(file)
 
 
 def _from_python(path: pathlib.Path) -> ConfigDict:

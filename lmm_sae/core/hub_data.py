@@ -18,6 +18,7 @@ from lmm_sae.core.remote_files import is_remote, patiently
 
 T = TypeVar('T')
 
+SAVED = ('dataset_dict.json', 'state.json')  # by save_to_disk
 NEEDS = "needs the package `datasets`: pip install 'lmm_sae[data]'"
 
 
@@ -27,7 +28,8 @@ def open_data(
   """One split of a data set.
 
   Args:
-    path: owner/name[@revision], or a local folder or parquet file.
+    path: owner/name[@revision], or a local folder or parquet file, or what
+      `datasets` has saved.
     subset: its configuration; '': the only one, or the default.
     image_root: folder of images that rows name by path; '': they hold them.
 
@@ -44,6 +46,8 @@ def open_data(
   here = os.path.expanduser(path)
   if os.path.isfile(here):
     return _local_file(here, subset, split, stream, image_root)
+  if any(os.path.isfile(os.path.join(here, name)) for name in SAVED):
+    return _saved(here, subset, split, stream, image_root)
   if os.path.isdir(here):
     name, revision, root = here, None, image_root or here
   else:
@@ -101,6 +105,23 @@ def _local_file(
       lambda: datasets.load_dataset('parquet', data_files=path, split='train'),
     )
     return HubDataset(rows, root)
+
+
+def _saved(
+  path: str, subset: str, split: str, stream: bool, image_root: str
+) -> 'HubDataset':
+  """What `save_to_disk` of `datasets` has written."""
+  if stream:
+    raise ValueError(
+      f'data.stream=True reads parquet files, and {path} was written by '
+      'save_to_disk: set data.stream=False'
+    )
+  datasets = _datasets()
+  rows = _asked(path, lambda: datasets.load_from_disk(path))
+  parts = rows if isinstance(rows, Mapping) else {'train': rows}
+  _check_choice('subset', subset, [''])
+  _check_choice('split', split, list(parts))
+  return HubDataset(parts[split], folder(image_root or path))
 
 
 class HubDataset:

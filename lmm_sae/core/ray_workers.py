@@ -6,6 +6,7 @@ left as it was; without one, a cluster of this machine is started and ended.
 
 import contextlib
 import os
+import socket
 from collections.abc import Iterator
 from concurrent.futures import Future
 from typing import Any
@@ -17,6 +18,7 @@ from lmm_sae.core.jobs import DEPTH, CaptureConfig, Task
 from lmm_sae.core.workers import LostError, Make, Outcome, attempt
 
 ATTEMPTS = 3  # of a group; a cluster loses hosts
+HEARD_S = 10.0  # within which a cluster must take a connection
 
 
 @contextlib.contextmanager
@@ -38,6 +40,7 @@ def cluster(config: CaptureConfig) -> Iterator[Any]:
     yield ray
     return
   address = config.ray_address or os.environ.get('RAY_ADDRESS', '')
+  _check_heard(address)
   options = {'num_cpus': host.cores()} if not address else {}
   try:
     ray.init(
@@ -56,6 +59,20 @@ def cluster(config: CaptureConfig) -> Iterator[Any]:
     yield ray
   finally:
     ray.shutdown()
+
+
+def _check_heard(address: str) -> None:
+  """Refuses host:port where nobody listens; Ray would wait for minutes."""
+  name, _, port = address.removeprefix('ray://').rpartition(':')
+  if not (name and port.isdigit()):
+    return  # auto, or none
+  try:
+    socket.create_connection((name, int(port)), HEARD_S).close()
+  except (OSError, OverflowError) as error:
+    raise ValueError(
+      f'no Ray cluster listens at {address} (capture.ray_address or '
+      f'RAY_ADDRESS): {error}'
+    ) from error
 
 
 def fitting(ray: Any, config: CaptureConfig) -> int:

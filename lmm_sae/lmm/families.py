@@ -19,7 +19,8 @@ from lmm_sae.core.tokens import Kind, TokenMap
 from lmm_sae.lmm import anyres, views
 from lmm_sae.lmm.views import Axis
 
-# A thinner image is blown up to gigabytes before LLaVA-1.5 crops it.
+# Thin images are blown up to gigabytes, by LLaVA-1.5 before it crops them and
+# by others as they are padded to a square.
 MAX_PIXELS = 2**27
 
 Images = Sequence[Sequence[Image.Image]]  # of each text, in order
@@ -102,12 +103,8 @@ class Llava(Family):
       new = [int(self._edge * size / short) for size in sizes]
     else:
       new = [_side(self.pixels.size, name) for name in ('width', 'height')]
-    if new[0] * new[1] > MAX_PIXELS:
-      raise ValueError(
-        f'an image of {width} x {height} pixels is too thin: it would be made '
-        f'{new[0]} x {new[1]} before it is cropped, and at most {MAX_PIXELS} '
-        'pixels are'
-      )
+    _check_size((width, height), sizes)
+    _check_size((width, height), new)
     cells = self.grid[0]
     axes = [
       Axis(cells, self.patch, length, size / to, (to - self.view) // 2, pad)
@@ -178,6 +175,7 @@ class LlavaOnevision(LlavaNext):
       return anyres.image_tokens(
         width, height, self.view, self.patch, self.pinpoints, self.most
       )
+    _check_size((width, height), [max(width, height)] * 2)
     base = views.base(*views.padded(width, height, self.view, self.patch))
     newline = views.grid(
       base.box_T4[:0, :2], base.box_T4[:1, :2], Kind.TILE, True
@@ -259,6 +257,16 @@ def _view(config: transformers.PretrainedConfig) -> tuple[int, int]:
       f'{whole[vision.model_type]!r} in config.json'
     )
   return vision.image_size, vision.patch_size
+
+
+def _check_size(image: Sequence[int], made: Sequence[int]) -> None:
+  """Refuses images (width, height) that are made too large on the way."""
+  if made[0] * made[1] > MAX_PIXELS:
+    raise ValueError(
+      f'an image of {image[0]} x {image[1]} pixels is too large or too thin: '
+      f'the image processor makes it {made[0]} x {made[1]}, and at most '
+      f'{MAX_PIXELS} pixels are taken'
+    )
 
 
 def _is_on(pixels: Any, name: str) -> bool:

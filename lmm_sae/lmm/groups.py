@@ -6,7 +6,6 @@ process may make it, and make it again.
 
 import contextlib
 import dataclasses
-import io
 import itertools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,24 +14,13 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import torch
-from absl import logging
-from PIL import Image
 
-from lmm_sae.core import choice, records, wording
-from lmm_sae.core.choice import Choice
+from lmm_sae.core import choice, records
 from lmm_sae.core.prefetch import prefetch
-from lmm_sae.core.records import Picture
-from lmm_sae.core.sources import IMAGE, Item, Split
-from lmm_sae.core.tokens import TokenMap
-from lmm_sae.core.workers import RefusedError, StoppedError
-from lmm_sae.lmm.llava import Subject
+from lmm_sae.core.workers import StoppedError
+from lmm_sae.lmm.reading import Reader, Ready, pictures
 
 AHEAD = 3  # batches made ready while the model runs
-# Pictures of a group that wait for their batch, decoded; those beyond are read
-# a second time.
-WAITING_BYTES = 2**30
-
-Save = Callable[[str, bytes], None]  # keeps a file of that name
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -53,25 +41,6 @@ class Rows:
   samples: list[records.Sample]
   rejects: list[dict[str, str]]
   seen: int
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Ready:
-  """A sample ready for the model.
-
-  Attributes:
-    row: of the source. record: `start` and `stop` are still to come.
-    keep_N: positions that are stored.
-    images: emptied once the model has them.
-    waits: whether `images` holds them; else they are read again.
-  """
-
-  row: int
-  record: records.Sample
-  tokens: TokenMap
-  keep_N: np.ndarray
-  images: list[Image.Image]
-  waits: bool
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -124,31 +93,20 @@ class _Order:
     return self.place_N[self.starts[place] : self.starts[place + 1]]
 
 
-@dataclasses.dataclass(frozen=True)
-class Capturer:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Capturer(Reader):
   """Makes the rows of one split.
 
   Attributes:
     layers: decoder layers whose output is kept.
-    choice: which tokens are; seed: of their draw, and of mixing.
     mix: whether the rows are mixed, or stand in the order of the samples.
-    template: chat, or raw: the turns alone.
-    save: keeps images that no file outside holds, and the truth; None: neither
-      is kept.
-    batch: samples a forward; max_tokens: a longer sample is rejected.
+    batch: samples a forward.
     turn: held while the model runs, so that one group is in it at a time.
   """
 
-  subject: Subject
-  split: Split
   layers: tuple[int, ...]
-  choice: Choice
-  seed: int
   mix: bool
-  template: str
-  save: Save | None
   batch: int
-  max_tokens: int
   turn: threading.Lock = dataclasses.field(default_factory=threading.Lock)
 
   def rows(
@@ -222,7 +180,7 @@ class Capturer:
       places = order[at : at + self.batch]
       members = [ready[place] for place in places]
       images = [
-        each.images if each.waits else _images(self.split.source[each.row])
+        each.images if each.waits else pictures(self.split.source[each.row])
         for each in members
       ]
       yield _Batch(
@@ -232,77 +190,6 @@ class Capturer:
       )
       for each in members:
         each.images.clear()
-
-  # Reading.
-
-  def read(
-    self, samples: Sequence[int], stopped: Callable[[], bool]
-  ) -> tuple[list[Ready], list[dict[str, str]]]:
-    """The samples, in order, and those that cannot be captured."""
-    ready, rejects, waiting = [], [], 0
-    for sample in samples:
-      if stopped():
-        raise StoppedError
-      row = self.split.rows[sample]
-      try:
-        item = self.split.source[row]
-        size = sum(3 * i.width * i.height for i in _images(item))
-        fits = waiting + size <= WAITING_BYTES
-        ready.append(self._ready(item, sample, row, fits))
-        waiting += size if fits else 0
-      except ValueError as error:  # the reason why this row cannot be had
-        name = self.split.source.name(row)
-        logging.debug('capture: %s is rejected: %s', name, error)
-        rejects.append({'source': name, 'reason': str(error)})
-      except OSError as error:  # no fault of the row
-        raise RefusedError(
-          f'{self.split.source.name(row)} cannot be read now, which ends the '
-          f'capture: {wording.of(error)}. Run it again, it does the rest'
-        ) from error
-    return ready, rejects
-
-  def _ready(self, item: Item, sample: int, row: int, waits: bool) -> Ready:
-    images = _images(item)
-    if not item.conversation:
-      prompt = self.subject.bare(IMAGE * len(images))
-    elif item.raw or self.template == 'raw':
-      prompt = self.subject.raw(item.conversation, len(images))
-    else:
-      prompt = self.subject.conversation(item.conversation, len(images))
-    tokens = self.subject.encode(prompt, images)
-    count = len(tokens.token_T)
-    limit = min(self.max_tokens, self.subject.max_tokens)
-    if count > limit:
-      raise ValueError(
-        f'{count} tokens, and at most {limit} are taken: see capture.max_tokens'
-      )
-    pictures = [Picture(each.path, *each.image.size) for each in item.images]
-    truth = None
-    if self.save is not None:
-      pictures, truth = _keep(self.save, item, sample)
-    first = pictures[0] if pictures else Picture('', 0, 0)
-    record = records.Sample(
-      sample=sample,
-      group=-1,
-      source=item.source,
-      image=first.file,
-      width=first.width,
-      height=first.height,
-      prompt=str(prompt),
-      turns=item.turns,
-      start=-1,
-      stop=-1,
-      truth=truth,
-      tokens=count,
-      grid=tokens.grid,
-      more=tuple(pictures[1:]),
-    )
-    keep_N = self.choice.keep(self.seed, self.split.name, sample, tokens.kind_T)
-    return Ready(row, record, tokens, keep_N, images if waits else [], waits)
-
-
-def _images(item: Item) -> list[Image.Image]:
-  return [each.image for each in item.images]
 
 
 def _joined(arrays: Sequence[np.ndarray], dtype: Any, *columns: int):
@@ -323,27 +210,3 @@ def _fields(
     'box': _joined([np.rint(m.box_T4[at]) for m, at in maps], np.int16, 4),
   }
   return {name: field[order_N] for name, field in fields.items()}
-
-
-def _keep(
-  save: Save, item: Item, sample: int
-) -> tuple[list[Picture], dict[str, Any] | None]:
-  """Keeps what no file outside holds: (the images, truth)."""
-  pictures, truth = [], None
-  for number, each in enumerate(item.images):
-    name = each.path
-    if not name:
-      name = f'images/{sample:06d}{f".{number}" if number else ""}.png'
-      save(name, _png(each.image))
-    pictures.append(Picture(name, *each.image.size))
-  if item.regions_HW is not None:
-    regions = f'images/{sample:06d}.regions.png'
-    save(regions, _png(Image.fromarray(item.regions_HW)))
-    truth = {'regions': regions, 'concepts': item.concepts}
-  return pictures, truth
-
-
-def _png(image: Image.Image) -> bytes:
-  file = io.BytesIO()
-  image.save(file, 'png', compress_level=1)
-  return file.getvalue()

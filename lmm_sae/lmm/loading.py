@@ -162,11 +162,16 @@ def _template(folder: pathlib.Path, family: Family) -> Template:
     )
   token = family.config.image_token_id
   image = tokenizer.convert_ids_to_tokens(token)
-  if tokenizer.encode(image, add_special_tokens=False) != [token]:
-    raise ValueError(
-      f'image_token_id {token} is {image!r} to the tokenizer, which is no '
-      'token of its own: mend config.json or the tokenizer'
-    )
+  for text, number in (
+    (image, [token]),
+    *((text, None) for text in family.around if text),
+  ):
+    made = tokenizer.encode(text, add_special_tokens=False)
+    if len(made) != 1 or (number and made != number):
+      raise ValueError(
+        f'{text!r} is no token of its own to the tokenizer: mend '
+        'image_token_id in config.json, or the tokenizer'
+      )
   before, after = family.around
   return Template(
     tokenizer, _source(folder, tokenizer), image, f'{before}{image}{after}'

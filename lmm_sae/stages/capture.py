@@ -13,13 +13,11 @@ import contextlib
 import dataclasses
 import functools
 import os
-import pathlib
 import socket
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
 
 from absl import logging
 from ml_collections import ConfigDict
@@ -28,10 +26,8 @@ from lmm_sae.core import (
   captured,
   host,
   jobs,
-  local_workers,
   places,
   progress,
-  ray_workers,
   sources,
   workers,
 )
@@ -39,18 +35,9 @@ from lmm_sae.core.jobs import CaptureConfig, Job, SubjectConfig, Task
 from lmm_sae.core.sources import SPLITS, DataConfig, Item, Split
 from lmm_sae.core.store import ActivationStore, StoreMeta
 from lmm_sae.core.workdir import Workdir
+from lmm_sae.lmm import crew, folders
 from lmm_sae.lmm import dry_run as dry_run_lib
-from lmm_sae.lmm import folders
 from lmm_sae.lmm.telling import Guess, Tools
-
-# Weights above this run in one process on all cores: their matrices are large
-# enough for threads, and a copy a core would not fit the memory.
-SMALL_BYTES = 256 * 2**20
-MAX_PROCESSES = 16  # each takes about half a GB for torch alone
-ATTEMPTS = 2  # of a group on this machine
-
-# work(job, task, stopped): what a worker does.
-Work = Callable[[Job, Task, Callable[[], bool]], Any]
 
 
 def run(config: ConfigDict, workdir: Workdir) -> None:
@@ -70,7 +57,11 @@ def run(config: ConfigDict, workdir: Workdir) -> None:
   def rate() -> str:
     return f'{seen / (time.monotonic() - begin):.4g} tokens/s'
 
-  with _crew(job, folder, len(tasks), make_group) as (start, count, attempts):
+  with crew.crew(job, folder, len(tasks), make_group) as (
+    start,
+    count,
+    attempts,
+  ):
     done = workers.run(tasks, start, count, attempts)
     with contextlib.closing(done):
       for _, more in progress.track(
@@ -93,7 +84,7 @@ def dry_run(config: ConfigDict, workdir: Workdir) -> None:
   lines = dry_run_lib.tell(
     job_of(config, workdir),
     Guess(plan.samples, plan.tokens, plan.width, plan.trial, plan.devices),
-    Tools(open_splits, _capturers, _crew, _small),
+    Tools(open_splits, _capturers, crew.crew, crew.small),
   )
   print('\n'.join(lines))
 
@@ -147,78 +138,6 @@ def _warn_of_memory(job: Job) -> None:
       size / 1e9,
       jobs.memory() / 1e9,
     )
-
-
-# Who makes the groups.
-
-
-@contextlib.contextmanager
-def _crew(
-  job: Job, folder: pathlib.Path, tasks: int, work: Work
-) -> Iterator[tuple[Callable[[int], workers.Worker], int, int]]:
-  """(start, count, attempts), as `workers.run` takes them.
-
-  Args:
-    work: what a worker does of a job: `make_group`.
-  """
-  small = _small(job, folder)
-  opts, cores = job.capture, job.lmm.threads or host.cores()
-  if opts.workers == 'ray' and tasks:
-    _check_ray(job)
-    with ray_workers.cluster(opts) as ray:
-      count = opts.processes or ray_workers.fitting(ray, opts)
-      threads = job.lmm.threads or max(1, int(opts.ray_cpus))
-      make = _maker(job, work, threads=1 if small else threads)
-      yield (
-        lambda _: ray_workers.RayWorker(ray, opts, make),
-        count,
-        ray_workers.ATTEMPTS,
-      )
-    return
-  gpus = _gpus() if job.lmm.device == 'cuda' else 0
-  usual = min(cores, MAX_PROCESSES) if small else max(1, gpus)
-  count = min(opts.processes or usual, tasks)
-  threads = 1 if small else job.lmm.threads or max(1, cores // max(1, count))
-
-  def start(at: int) -> workers.Worker:
-    device = f'cuda:{at % gpus}' if gpus > 1 else job.lmm.device
-    make = _maker(job, work, threads, device)
-    return (
-      local_workers.Process(make) if count > 1 else local_workers.Thread(make)
-    )
-
-  yield start, count, ATTEMPTS
-
-
-def _small(job: Job, folder: pathlib.Path) -> bool:
-  """Whether each core has a copy of the model."""
-  return job.lmm.device == 'cpu' and folders.size(folder) <= SMALL_BYTES
-
-
-def _maker(
-  job: Job, work: Work, threads: int, device: str = ''
-) -> workers.Make:
-  """`work` of a process that has so many threads, and that device."""
-  lmm = dataclasses.replace(
-    job.lmm, threads=threads, device=device or job.lmm.device
-  )
-  return functools.partial(work, dataclasses.replace(job, lmm=lmm))
-
-
-def _check_ray(job: Job) -> None:
-  wants_gpu = job.lmm.device != 'cpu'
-  if wants_gpu != bool(job.capture.ray_gpus):
-    raise ValueError(
-      f'lmm.device is {job.lmm.device!r} and capture.ray_gpus '
-      f'{job.capture.ray_gpus}: Ray hides the GPUs from workers that take '
-      'none, and those that take some must use them'
-    )
-
-
-def _gpus() -> int:
-  import torch
-
-  return torch.cuda.device_count()
 
 
 # What every worker does.

@@ -231,6 +231,24 @@ def test_large_row_groups_go_through_datasets(
       opened(path, split=split, stream=True)
 
 
+def test_what_datasets_saved_is_read(tmp_path):
+  import datasets
+
+  rows = datasets.Dataset.from_list([parquet_files.row(at) for at in range(4)])
+  rows = rows.cast_column('image', datasets.Image())
+  rows.save_to_disk(tmp_path / 'one')
+  datasets.DatasetDict(val=rows).save_to_disk(tmp_path / 'parts')
+  assert opened(tmp_path / 'one')[3].images[0].image.size == (4, 2)
+  source = opened(tmp_path / 'parts', split='val')
+  assert [source[at].source for at in range(4)] == ['n0', 'n1', 'n2', 'n3']
+  again = pickle.loads(pickle.dumps(source))
+  assert again[2].conversation == source[2].conversation
+  with pytest.raises(ValueError, match=r"'train' is not .*: val"):
+    opened(tmp_path / 'parts')
+  with pytest.raises(ValueError, match='was written by save_to_disk'):
+    opened(tmp_path / 'one', stream=True)
+
+
 @pytest.fixture
 def waits(monkeypatch):
   found = []

@@ -6,15 +6,19 @@ handed to the model's own code in place of features, to be cut, unpadded, pooled
 and put in order: so each token brings along where it has looked.
 """
 
+import types
+
 import numpy as np
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from transformers.image_processing_utils import select_best_resolution
 
 from lmm_sae.core.tokens import Kind
+from lmm_sae.lmm import anyres
 from lmm_sae.lmm.llava import Subject
 from tests.lmm import tiny_llava
 from tests.lmm.tiny_llava import PATCH
@@ -257,5 +261,59 @@ def test_an_image_thinner_than_a_patch_keeps_newlines_alone(subjects):
 
 
 def test_an_image_that_would_be_blown_up_is_refused(subjects):
-  with pytest.raises(ValueError, match='too thin: it would be made 28 x '):
-    subjects['llava'].family.tokens(1, 10**6, True)
+  for name, alone, made in (
+    ('llava', True, '28 x 28000000'),
+    ('llava_padded', True, '1000000 x 1000000'),
+    ('llava_onevision', False, '1000000 x 1000000'),
+  ):
+    with pytest.raises(ValueError, match=f'too thin: .* makes it {made}'):
+      subjects[name].family.tokens(1, 10**6, alone)
+  assert len(subjects['llava_next'].family.tokens(1, 10**6, True).kind_T)
+
+
+# At the sizes of the checkpoints there are, as many tokens as their processors
+# write into the text.
+
+NEXT = [(336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008)]
+ONEVISION = [(384 * h, 384 * w) for h in range(1, 7) for w in range(1, 7)]
+PHOTOS = st.tuples(st.integers(1, 4000), st.integers(1, 4000))
+
+
+class Counts(transformers.LlavaOnevisionProcessor):
+  """The processor's arithmetic without the processor, which loads videos."""
+
+  num_image_tokens = 27**2
+  vision_aspect_ratio = 'anyres_max_9'
+  image_processor = types.SimpleNamespace(
+    image_grid_pinpoints=[list(pair) for pair in ONEVISION]
+  )
+
+  def __init__(self):
+    pass
+
+
+@settings(max_examples=300, deadline=None)
+@given(PHOTOS)
+def test_photos_become_as_many_tokens_as_onevision_counts(size):
+  tokens = anyres.image_tokens(*size, 384, 14, ONEVISION, 9)
+  want = Counts()._get_number_of_features(*size[::-1], 384, 384)
+  assert len(tokens.kind_T) == want
+
+
+@settings(max_examples=300, deadline=None)
+@given(PHOTOS)
+def test_photos_become_as_many_tokens_as_next_counts(size):
+  tokens = anyres.image_tokens(*size, 336, 14, NEXT)
+  whole = transformers.LlavaNextProcessor
+  counts = types.SimpleNamespace(
+    patch_size=14,
+    image_processor=types.SimpleNamespace(
+      image_grid_pinpoints=[list(pair) for pair in NEXT]
+    ),
+    num_additional_image_tokens=1,
+    _get_unpadded_features=lambda *sizes: whole._get_unpadded_features(
+      None, *sizes
+    ),
+  )
+  want = whole._get_number_of_features(counts, *size[::-1], 336, 336)
+  assert len(tokens.kind_T) == want - 1  # CLIP's own token is not read

@@ -7,7 +7,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from lmm_sae.lmm import loading
+from lmm_sae.lmm import families, loading
+from lmm_sae.lmm import folders as model_folders
 from lmm_sae.lmm.llava import Subject
 from tests.lmm import tiny_llava
 
@@ -166,3 +167,7 @@ def test_eight_bits_without_their_package_are_refused(folders, monkeypatch):
   monkeypatch.setattr(loading.importlib.util, 'find_spec', lambda _: None)
   with pytest.raises(ValueError, match=r'pip install "lmm_sae\[int8\]"'):
     Subject.load(folders['llava_next'], dtype='int8')
+
+
+def test_the_families_that_are_loaded_are_those_that_are_listed():
+  assert list(families.FAMILIES) == list(model_folders.FAMILIES)

@@ -25,8 +25,7 @@ LAYERS = 3
 PINPOINTS = [[28, 56], [56, 28], [56, 56], [84, 28], [28, 84]]
 SPECIAL = ('<|bos|>', '<|eot|>', '<|start|>', '<|end|>', '<|pad|>', '<image>')
 QWEN_IMAGE = '<|vision_start|><|image_pad|><|vision_end|>'
-SPECIAL += ('<|image_pad|>', '<|video_pad|>')
-SPECIAL += ('<|vision_start|>', '<|vision_end|>')
+QWEN = ('<|image_pad|>', '<|video_pad|>', '<|vision_start|>', '<|vision_end|>')
 CHAT = (
   '{% for message in messages %}'
   "{{ '<|start|>' + message['role'] + '<|end|>\n\n' }}"
@@ -92,7 +91,7 @@ def family(
   folder = pathlib.Path(folder)
   if name == 'qwen2_5_vl':
     chat = chat.replace('<image>', QWEN_IMAGE)
-  tokenizer = _tokenizer(chat)
+  tokenizer = _tokenizer(chat, QWEN)
   kind, made, processor = FAMILIES[name]
   with torch.random.fork_rng():
     torch.manual_seed(seed)
@@ -131,7 +130,7 @@ def _text(config: type, tokenizer, **fields):
   ).to_dict()
 
 
-def _vision(config: type, view: int, **fields):
+def _vision(config: type, view: int, spread: float = 0.3, **fields):
   return config(
     hidden_size=16,
     intermediate_size=32,
@@ -139,7 +138,7 @@ def _vision(config: type, view: int, **fields):
     num_attention_heads=2,
     image_size=view,
     patch_size=PATCH,
-    initializer_range=0.3,
+    initializer_range=spread,
     **fields,
   ).to_dict()
 
@@ -237,7 +236,7 @@ FAMILIES = {
   ),
   'llava_next': (
     'LlavaNextForConditionalGeneration',
-    lambda tokenizer: _config(tokenizer, LAYERS),
+    lambda tokenizer: _config(tokenizer, LAYERS, 0.3),
     {
       'name': 'LlavaNextImageProcessor',
       'size': {'shortest_edge': VIEW},
@@ -268,13 +267,13 @@ FAMILIES = {
 }
 
 
-def _tokenizer(chat: str) -> transformers.PreTrainedTokenizerFast:
+def _tokenizer(chat: str, more=()) -> transformers.PreTrainedTokenizerFast:
   bpe = tokenizers.Tokenizer(models.BPE())
   bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
   bpe.decoder = decoders.ByteLevel()
   trainer = trainers.BpeTrainer(
     vocab_size=400,
-    special_tokens=list(SPECIAL),
+    special_tokens=[*SPECIAL, *more],
     initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
     show_progress=False,
   )
@@ -294,9 +293,9 @@ def _tokenizer(chat: str) -> transformers.PreTrainedTokenizerFast:
   return tokenizer
 
 
-def _config(tokenizer, layers: int):
+def _config(tokenizer, layers: int, spread: float = 0.02):
   return transformers.LlavaNextConfig(
-    vision_config=_vision(transformers.CLIPVisionConfig, VIEW),
+    vision_config=_vision(transformers.CLIPVisionConfig, VIEW, spread),
     text_config=_text(
       transformers.LlamaConfig, tokenizer, num_hidden_layers=layers
     ),

@@ -253,9 +253,9 @@ def test_a_text_that_is_no_talk_is_raw_under_any_template(settings, tmp_path):
 def test_images_that_do_not_fit_the_memory_are_read_again(
   settings, plain, tmp_path, monkeypatch
 ):
-  from lmm_sae.lmm import groups
+  from lmm_sae.lmm import reading
 
-  monkeypatch.setattr(groups, 'WAITING_BYTES', 20_000)
+  monkeypatch.setattr(reading, 'WAITING_BYTES', 20_000)
   found = run(settings, tmp_path)
   for name, store in found.items():
     for wanted, got in zip(

@@ -11,7 +11,7 @@ from experiments import base
 from lmm_sae.core import jobs, ray_workers, workers
 from lmm_sae.core.workdir import Workdir
 from lmm_sae.stages import capture
-from tests import conftest
+from tests import conftest, processes
 from tests.core import makers
 from tests.lmm import tiny_llava
 from tests.stages import capture_killed, captures
@@ -145,6 +145,21 @@ def test_without_the_package_the_extra_is_named(opts, monkeypatch):
   monkeypatch.setitem(sys.modules, 'ray', None)
   with (
     pytest.raises(ValueError, match=r'lmm_sae\[ray\]'),
+    ray_workers.cluster(opts),
+  ):
+    pass
+
+
+@pytest.mark.parametrize('port', [None, 99999])
+def test_an_address_at_which_nobody_listens_is_refused_at_once(
+  opts, monkeypatch, port
+):
+  """Ray itself would try for minutes."""
+  address = f'127.0.0.1:{port or processes.free_port()}'
+  monkeypatch.setenv('RAY_ADDRESS', address)
+  monkeypatch.setattr('ray.is_initialized', lambda: False)
+  with (
+    pytest.raises(ValueError, match=f'no Ray cluster listens at {address}'),
     ray_workers.cluster(opts),
   ):
     pass
