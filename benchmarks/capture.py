@@ -81,7 +81,7 @@ CASES = {
     'random LLaVA-NeXT, 336 px, AnyRes, on JPEGs; 1 process of 2 threads',
     *(1, 2, 8, 4, 1, 3),
     layers=(3,),
-    width=768,
+    width=512,
     depth=8,
   ),
 }
@@ -185,6 +185,8 @@ class Contender:
 
 def main() -> None:
   args = _arguments()
+  # Contenders that are stopped would stay for ever.
+  signal.signal(signal.SIGTERM, lambda *_: sys.exit('ended from outside'))
   found = {**machine.facts(), 'versions': worker.versions(), 'runs': []}
   for name in args.cases.split(','):
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:

@@ -167,7 +167,8 @@ def rounding(
     if counts[of].sum():
       mean_D = sums[of].sum(0) / counts[of].sum()
       spread = square[of].sum() - counts[of].sum() * (mean_D @ mean_D)
-      found[name] = float(error[of].sum() / spread)
+      if spread:  # of one row there is none
+        found[name] = float(error[of].sum() / spread)
   return found
 
 

@@ -51,10 +51,10 @@ class Counted(data.Rows):
 
   read_blocks = 0
 
-  def read(self, block: int) -> np.ndarray:
-    found = super().read(block)
-    self.read_blocks += 1  # a turn ends at or just after the last of them
-    return found
+  def read_many(self, blocks):
+    for x_ND in super().read_many(blocks):
+      self.read_blocks += 1  # a turn ends at or just after the last of them
+      yield x_ND
 
 
 def main() -> None:
@@ -110,7 +110,7 @@ def measure(
   }
   for shares in map(int, args.shares.split(',')):
     ways[f'trainer, {shares} shares'] = lambda shares=shares: trainer(
-      rows, width, shares, args.pool_blocks
+      rows, shares, args.pool_blocks
     )
   seconds: dict[str, list[float]] = {name: [] for name in ways}
   for turn in range(args.turns):
@@ -242,7 +242,7 @@ def blocks(rows: data.Rows) -> None:
     rows.read(int(block))
 
 
-def trainer(rows: Counted, width: int, shares: int, pool_blocks: int) -> None:
+def trainer(rows: Counted, shares: int, pool_blocks: int) -> None:
   """Batches as the trainer gets them, until all blocks were read once."""
   options = dataclasses.replace(
     _train_options(), data_shares=shares, pool_blocks=pool_blocks

@@ -67,7 +67,11 @@ def tell(job: Job, guess: Guess, tools: Tools) -> list[str]:
 def wrapped(name: str, text: str) -> list[str]:
   """A topic's text in lines; what is indented is to be copied: not broken."""
   room = WIDE - len(f'{name:<12} ')
-  lines = [text] if text.startswith(' ') else textwrap.wrap(text, room) or ['']
+  lines = [text]
+  if not text.startswith(' '):
+    lines = textwrap.wrap(
+      text, room, break_on_hyphens=False, break_long_words=False
+    )
   return [
     f'{"" if at else name:<12} {line}'.rstrip() for at, line in enumerate(lines)
   ]
