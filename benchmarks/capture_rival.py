@@ -6,8 +6,9 @@ of them. Images are decoded, and texts tokenised, before it begins; nothing is
 kept. An empty file is left for each group that is done.
 
   plain     one after the other, transformers' model as it is
-  tuned     image processing in a thread of its own, under inference_mode, and
-            without the ViT's layers that nobody reads
+  tuned     what ours does for speed: image processing in a thread of its own,
+            no layers of the ViT that nobody reads, no mask where padding is at
+            the end, freed memory kept for the next arrays
 """
 
 import contextlib
@@ -20,6 +21,7 @@ from collections.abc import Iterator
 import torch
 
 from lmm_sae import cli
+from lmm_sae.core import host
 from lmm_sae.core.jobs import CaptureConfig, SubjectConfig
 from lmm_sae.core.prefetch import prefetch
 from lmm_sae.core.sources import DataConfig
@@ -42,8 +44,10 @@ def main() -> None:
   options = CaptureConfig(**config.capture)
   subject = Subject.load(lmm.path, lmm.device, lmm.dtype, lmm.threads)
   work = list(groups(job, subject, options, DataConfig(**config.data)))
-  model = subject.model
-  if job['way'] == 'plain':  # with the layers that Subject leaves out
+  model, tuned = subject.model, job['way'] == 'tuned'
+  if tuned:
+    host.keep_freed_memory()
+  else:  # with the layers that Subject leaves out
     model, _, _ = loading.load(subject.folder, lmm.device, lmm.dtype)
     model = model.eval().requires_grad_(False)
   modules = [model.get_submodule(subject.layer_path(at)) for at in lmm.layers]
@@ -53,15 +57,15 @@ def main() -> None:
     strict=False,
   )
   ready = batches(todo, subject)
-  if job['way'] == 'tuned':
+  if tuned:
     ready = prefetch(ready, AHEAD)
   done = pathlib.Path(job['folder']) / 'groups'
   done.mkdir(parents=True, exist_ok=True)
-  # `tuned` spares what autograd would note of each tensor.
-  mode = torch.inference_mode if job['way'] == 'tuned' else torch.no_grad
   found = []
-  with mode():
+  with torch.no_grad():
     for group, last, inputs in ready:
+      if tuned:
+        del inputs['attention_mask']
       found.append(forward(model, modules, inputs))
       if last:
         (done / f'{group}.json').touch()

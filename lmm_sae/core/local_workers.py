@@ -8,7 +8,7 @@ import threading
 from concurrent.futures import Future
 from multiprocessing import connection
 
-from lmm_sae.core.jobs import Task
+from lmm_sae.core.jobs import DEPTH, Task
 from lmm_sae.core.workers import LostError, Make, Outcome, attempt, name
 
 GRACE_S = 60.0  # within which a thread must see that it is stopped
@@ -19,7 +19,8 @@ class Thread:
 
   lasts = True
 
-  def __init__(self, make: Make):
+  def __init__(self, make: Make, depth: int = DEPTH):
+    self.depth = depth
     self._make = make
     self._stopped = threading.Event()
     self._threads: list[threading.Thread] = []
@@ -53,7 +54,8 @@ class Process:
 
   lasts = False
 
-  def __init__(self, make: Make):
+  def __init__(self, make: Make, depth: int = DEPTH):
+    self.depth = depth
     context = multiprocessing.get_context('spawn')
     self._pipe, theirs = context.Pipe()
     self._process = context.Process(

@@ -100,6 +100,7 @@ class RayWorker:
   """Does tasks in an actor, `DEPTH` of them at once."""
 
   lasts = False
+  depth = DEPTH
 
   def __init__(self, ray: Any, config: CaptureConfig, make: Make):
     self._ray = ray

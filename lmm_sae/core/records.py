@@ -123,6 +123,9 @@ class Sample:
   grid: tuple[int, int] = (0, 0)
   more: tuple[Picture, ...] = ()
 
+  def __post_init__(self):
+    object.__setattr__(self, 'grid', tuple(self.grid))  # JSON has lists
+
 
 @dataclasses.dataclass(frozen=True)
 class Exemplar:
@@ -248,8 +251,22 @@ class Attribution:
 
 
 def to_json(record: Any) -> dict[str, Any]:
-  """The record as a dict of JSON types."""
-  return dataclasses.asdict(record)
+  """The record as a dict of JSON types.
+
+  As `dataclasses.asdict` has it, which copies every leaf and takes four times
+  as long: a third of a millisecond of each sample that is captured.
+  """
+  return {name: _plain(value) for name, value in vars(record).items()}
+
+
+def _plain(value: Any) -> Any:
+  if isinstance(value, str | int | float):
+    return value
+  if isinstance(value, tuple | list):
+    return type(value)(_plain(each) for each in value)
+  if isinstance(value, dict):
+    return {key: _plain(each) for key, each in value.items()}
+  return to_json(value) if dataclasses.is_dataclass(value) else value
 
 
 _NESTED = {

@@ -3,10 +3,10 @@
   for task, result in workers.run(tasks, start, count=2):
     ...
 
-A worker takes one task at a time and `jobs.DEPTH` at once, so that it reads the
-next while it works on this one. A task whose worker died, or that failed for a
-reason that may pass, is done again, alone in its worker, so that it is known
-which task it was that failed. What a task refuses (ValueError) ends the run.
+A worker takes `depth` tasks at once, so that it reads the next while it works
+on this one. A task whose worker died, or that failed for a reason that may
+pass, is done again, alone in its worker, so that it is known which task it was
+that failed. What a task refuses (ValueError) ends the run.
 """
 
 import collections
@@ -20,7 +20,7 @@ from typing import Any, Protocol
 from absl import logging
 
 from lmm_sae.core import wording
-from lmm_sae.core.jobs import DEPTH, Task
+from lmm_sae.core.jobs import Task
 
 # make(task, stopped) -> result; stopped() says that nobody waits for it.
 Make = Callable[[Task, Callable[[], bool]], Any]
@@ -61,9 +61,11 @@ class Worker(Protocol):
   Attributes:
     lasts: whether it is as good as new after a task that failed; a process is
       not, since an error of its CUDA device leaves nothing to go on with.
+    depth: how many tasks it takes at once.
   """
 
   lasts: bool
+  depth: int
 
   def ready(self) -> Future:
     """Done when it can take tasks."""
@@ -178,9 +180,12 @@ class _Crew:
 
   def hand_out(self, todo: collections.deque, again: collections.deque) -> None:
     """Gives every worker what it may have now."""
-    for depth in range(DEPTH):  # all get one before any gets two
+    deepest = max((worker.depth for worker in self._workers), default=0)
+    for depth in range(deepest):  # all get one before any gets two
       for worker in self._workers:
         if worker in self._alone or worker in self._ready.values():
+          continue
+        if depth >= worker.depth:
           continue
         load = sum(worker is at for at, _ in self.busy.values())
         if load == depth and again:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from lmm_sae.core import host, local_workers, ray_workers, workers
-from lmm_sae.core.jobs import Job, Task
+from lmm_sae.core.jobs import DEPTH, Job, Task
 from lmm_sae.lmm import folders
 
 # Weights above this run in one process on all cores: their matrices are large
@@ -50,13 +50,14 @@ def crew(
   usual = min(cores, MAX_PROCESSES) if is_small else max(1, gpus)
   count = min(opts.processes or usual, tasks)
   threads = 1 if is_small else job.lmm.threads or max(1, cores // max(1, count))
+  # Where every core is busy and waits for nothing, two at once only disturb.
+  busy = is_small and count >= host.cores() and not _waits(job)
 
   def start(at: int) -> workers.Worker:
     device = f'cuda:{at % gpus}' if gpus > 1 else job.lmm.device
     make = _maker(job, work, threads, device)
-    return (
-      local_workers.Process(make) if count > 1 else local_workers.Thread(make)
-    )
+    kind = local_workers.Process if count > 1 else local_workers.Thread
+    return kind(make, depth=1 if busy else DEPTH)
 
   yield start, count, ATTEMPTS
 
@@ -64,6 +65,11 @@ def crew(
 def small(job: Job, folder: pathlib.Path) -> bool:
   """Whether each core has a copy of the model of that folder."""
   return job.lmm.device == 'cpu' and folders.size(folder) <= SMALL_BYTES
+
+
+def _waits(job: Job) -> bool:
+  """Whether reading or writing a group waits for a disk or a network."""
+  return job.data.source != 'scenes' or not job.workdir.acts('train').local
 
 
 def _maker(

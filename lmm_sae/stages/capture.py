@@ -214,6 +214,8 @@ def load_subject(job: Job):
   from lmm_sae.lmm.llava import Subject
 
   lmm = job.lmm
+  if lmm.device == 'cpu':
+    host.keep_freed_memory()
   subject = Subject.load(lmm.path, lmm.device, lmm.dtype, lmm.threads)
   for layer in lmm.layers:
     subject.layer(layer)  # ValueError if there is none

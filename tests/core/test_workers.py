@@ -99,6 +99,21 @@ def test_an_error_of_ours_comes_with_its_traceback():
     results(process(make))
 
 
+@pytest.mark.parametrize('depth', [1, 2])
+def test_a_worker_has_as_many_tasks_at_once_as_it_takes(depth):
+  under_way, most, together = set(), [], threading.Barrier(depth)
+
+  def make(task, stopped):
+    under_way.add(task)
+    together.wait(60)  # all that a worker takes come together
+    most.append(len(under_way))
+    together.wait(60)
+    under_way.discard(task)
+
+  list(workers.run(TASKS, lambda _: local_workers.Thread(make, depth), 1))
+  assert max(most) == depth
+
+
 def test_an_end_stops_what_is_under_way():
   begun = []
   ready = threading.Event()

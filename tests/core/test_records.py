@@ -1,0 +1,52 @@
+"""Records as JSON."""
+
+import dataclasses
+import json
+
+import pytest
+
+from lmm_sae.core import records
+from lmm_sae.core.records import Picture, Sample, Turn
+from lmm_sae.core.store_meta import StoreMeta
+
+SAMPLE = Sample(
+  sample=3,
+  group=1,
+  source='row 3',
+  image='a.png',
+  width=5,
+  height=7,
+  prompt='<image>\nwhat?',
+  turns=(Turn('colour', 'what?', 'red'), Turn('', 'and?', 'blue')),
+  start=-1,
+  stop=-1,
+  truth={'regions': 'a.regions.png', 'concepts': [['red'], []]},
+  tokens=11,
+  grid=(2, 3),
+  more=(Picture('b.png', 1, 2),),
+)
+META = StoreMeta(
+  split='a',
+  model='small',
+  fingerprint='f',
+  layers=(1, 4),
+  layer_paths={'1': 'model.layers', '4': 'model.layers'},
+  width=8,
+  grid=(2, 3),
+  image_backend='Pixels',
+  mixed=False,
+  dtype='int8',
+  config={'data': {'limit': 0, 'keep': ['all', 'bos']}},
+)
+
+
+@pytest.mark.parametrize('record', [SAMPLE, META])
+def test_json_has_every_field_as_dataclasses_give_them(record):
+  found = records.to_json(record)
+  assert found == dataclasses.asdict(record)
+  assert list(found) == list(dataclasses.asdict(record))
+
+
+def test_a_sample_comes_back_from_json():
+  line = json.loads(json.dumps(records.to_json(SAMPLE)))
+  assert records.from_json(Sample, line) == SAMPLE
