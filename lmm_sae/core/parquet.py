@@ -38,8 +38,8 @@ class ParquetFiles:
       root: folder of the images that rows name by path.
 
     Raises:
-      ValueError: a file is no parquet file, has other columns than the first or
-        a larger row group.
+      ValueError: a file is no parquet file, its rows are made of other columns
+        than the first's, or a row group is too large.
     """
     self._files, self._root = list(files), root
     with concurrent.futures.ThreadPoolExecutor(AT_ONCE) as pool:
@@ -47,11 +47,7 @@ class ParquetFiles:
     schemas = [footer.schema.to_arrow_schema() for footer in self._footers]
     self.columns = Columns.of(schemas[0])
     for name, schema in zip(files, schemas, strict=True):
-      if missing := set(self.columns.names) - set(schema.names):
-        raise ValueError(
-          f'{name} has no column {", ".join(sorted(missing))}, which '
-          f'{files[0]} has'
-        )
+      _check_same(files[0], self.columns, name, Columns.of(schema))
     # of all columns: Arrow ends the process over a column's spoilt statistics
     groups = [
       (at, number, group.num_rows, group.total_byte_size)
@@ -180,6 +176,21 @@ class Columns:
     if self._image:
       row['image'] = row.pop(self._image)
     return (bare if self._bare else item)(row, name, root)
+
+
+def _check_same(first: str, wanted: Columns, file: str, found: Columns) -> None:
+  """Refuses a file whose rows would be made of more or less than the first's.
+
+  Raises:
+    ValueError: a column that one of the two lacks.
+  """
+  pairs = (file, found, first, wanted), (first, wanted, file, found)
+  for here, has, there, want in pairs:
+    if missing := set(want.names) - set(has.names):
+      raise ValueError(
+        f'{here} has no column {", ".join(sorted(missing))}, which {there} '
+        'has: give files that have the same columns'
+      )
 
 
 def _footer(file: str):

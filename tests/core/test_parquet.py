@@ -157,6 +157,16 @@ def test_files_of_other_columns_are_refused(folder):
     opened(folder)
 
 
+@pytest.mark.parametrize('column', ['conversations', 'image'])
+def test_files_of_more_columns_than_the_first_are_refused(folder, column):
+  row = parquet_files.row(0)
+  del row[column]
+  first = folder / 'train-00000-of-00002.parquet'
+  first.write_bytes(parquet_files.data([row], 1))
+  with pytest.raises(ValueError, match=f'00000-.* has no column {column}, wh'):
+    opened(folder)
+
+
 HUGGINGFACE = (
   b'{"info": {"features": {"pic": {"_type": "Image"}, "z": {"dtype": "x"}}}}'
 )
