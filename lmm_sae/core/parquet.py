@@ -6,6 +6,7 @@ made of are read, and the last two groups are kept. Nothing is written.
 
 import collections
 import concurrent.futures
+import hashlib
 import json
 import pathlib
 import threading
@@ -27,7 +28,8 @@ class ParquetFiles:
 
   Without `conversations` or `messages` a row is its images, with a bare prompt,
   or where there are none its `text`. Can be pickled; the groups that are held
-  are left behind.
+  are left behind. `content` is a digest of the row
+  groups' sizes.
   """
 
   def __init__(self, files: Sequence[str], root: pathlib.Path | None):
@@ -67,6 +69,8 @@ class ParquetFiles:
       )
     self._groups = [(at, number) for at, number, *_ in groups]
     self._start_G = np.cumsum([0, *(rows for _, _, rows, _ in groups)])
+    told = [schema.names for schema in schemas], groups
+    self.content = hashlib.sha256(repr(told).encode()).hexdigest()
     self.__setstate__({})
 
   @property

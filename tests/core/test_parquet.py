@@ -167,6 +167,17 @@ def test_files_of_more_columns_than_the_first_are_refused(folder, column):
     opened(folder)
 
 
+def test_content_tells_files_apart_wherever_they_lie(tmp_path):
+  found = []
+  for at, rows in enumerate(([0, 1], [0, 1], [0, 22])):
+    (tmp_path / f'{at}').mkdir()
+    (tmp_path / f'{at}' / 'x.parquet').write_bytes(
+      parquet_files.data([parquet_files.row(row) for row in rows], 1)
+    )
+    found.append(opened(tmp_path / f'{at}').content)
+  assert found[0] == found[1] != found[2]
+
+
 HUGGINGFACE = (
   b'{"info": {"features": {"pic": {"_type": "Image"}, "z": {"dtype": "x"}}}}'
 )

@@ -238,6 +238,23 @@ def test_other_data_in_the_same_workdir_is_refused(settings, whole):
   refuse(settings, whole.root, r'config\.data\.seed: 0, now 9')
 
 
+@pytest.mark.parametrize('done', ['0/2', ''])
+def test_data_that_changed_under_a_capture_are_refused(
+  settings, tmp_path, done
+):
+  path = captures.make_data(tmp_path)
+  settings.data.path = str(path)
+  settings.capture.share = done
+  capture.run(settings, Workdir.of(tmp_path / 'run'))
+  path.write_text(path.read_text().replace('a red cat', 'a bad cat'))
+  settings.capture.share = '1/2'
+  if done:
+    refuse(settings, tmp_path / 'run', r'other settings .*config\.content: ')
+  else:  # nothing is owed, so the data need not be there any more
+    path.unlink()
+    capture.run(settings, Workdir.of(tmp_path / 'run'))
+
+
 def test_a_split_of_which_nothing_can_be_read_is_an_error(settings, tmp_path):
   rows = [{'conversations': []}] * 6
   path = tmp_path / 'bad.json'
