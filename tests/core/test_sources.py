@@ -60,10 +60,12 @@ def test_a_folder_of_images_is_read_by_name(tmp_path):
   assert again[0].images[0].image == source[0].images[0].image
 
 
-def test_a_name_that_is_no_text_is_shown_escaped(tmp_path):
+def test_a_name_that_is_no_text_is_refused_and_shown_escaped(tmp_path):
   picture(tmp_path / 'z.png').rename(tmp_path / os.fsdecode(b'\xff.png'))
   source = sources.open_source(DataConfig('images', str(tmp_path)))
-  assert source.name(0) == source[0].source == r'\udcff.png'
+  assert source.name(0) == r'\udcff.png'
+  with pytest.raises(ValueError, match='no path in UTF-8: rename it'):
+    source[0]  # records, which are UTF-8, could not name it
 
 
 def test_archives_are_to_be_unpacked(tmp_path):
