@@ -52,7 +52,8 @@ def test_no_tasks_start_no_worker():
 
 
 def test_what_a_dead_process_did_is_done_again(tmp_path):
-  found = results(process(makers.dying(tmp_path, {1, 4})))
+  # What dies beside another has failed, too: 4 may be unlucky twice.
+  found = results(process(makers.dying(tmp_path, {1, 4})), attempts=3)
   assert doubled(found) == WANTED
 
 

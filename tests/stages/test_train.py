@@ -268,15 +268,15 @@ def test_a_run_goes_on_with_other_devices(workdir, trained, root):
 
 
 def test_rows_that_are_not_finite_stop_the_run(workdir, monkeypatch, caplog):
-  read = train.data.Rows.read
+  read_many = train.data.Rows.read_many
 
-  def spoiled(self, block):
-    x_ND = read(self, block)
-    if block % 3 == 0:
-      x_ND[0] = np.nan
-    return x_ND
+  def spoiled(self, blocks):
+    for block, x_ND in zip(blocks, read_many(self, blocks), strict=True):
+      if block % 3 == 0:
+        x_ND[0] = np.nan
+      yield x_ND
 
-  monkeypatch.setattr(train.data.Rows, 'read', spoiled)
+  monkeypatch.setattr(train.data.Rows, 'read_many', spoiled)
   monkeypatch.setattr(
     train.data.Rows, 'sample', lambda self, count, seed: small.rows(count)
   )

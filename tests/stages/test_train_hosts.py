@@ -94,10 +94,15 @@ def test_process_0_alone_writes_what_one_process_writes(two):
   assert checkpoint.steps(Workdir.of(two).sae(LAYER)) == [15, 20]
 
 
+# One whose partner died: where that broke a connection it says so and ends,
+# where it was about to connect, jax aborts it after hosts.silent_s.
+ENDED = (2, -signal.SIGABRT)
+
+
 @pytest.mark.parametrize(
   ('die', 'codes'),
   [
-    ({1: 'step:13'}, [2, -signal.SIGKILL]),
+    ({1: 'step:13'}, [ENDED, -signal.SIGKILL]),
     pytest.param(
       {0: 'step:13', 1: 'step:13'},
       [-signal.SIGKILL, -signal.SIGKILL],
@@ -114,13 +119,15 @@ def test_process_0_alone_writes_what_one_process_writes(two):
 def test_a_run_goes_on_after_processes_were_killed(
   two, words, cache, tmp_path, die, codes
 ):
-  argv = words(tmp_path, LATENT)
+  argv = words(tmp_path, LATENT, '--config.hosts.silent_s=20')
   done = processes.together(2, argv, die=die, devices=2, cache=cache)
-  assert [x.code for x in done] == codes, done
-  if len(die) == 1:
+  for one, code in zip(done, codes, strict=True):
+    assert one.code in ENDED if code is ENDED else one.code == code, done
+  if done[0].code == 2:
     assert 'lmm-sae: another process of this run has ended' in done[0].err
     assert 'goes on from the last checkpoint' in done[0].err
   assert not Workdir.of(tmp_path).export(LAYER).exists()
+  argv = words(tmp_path, LATENT)
   done = processes.together(2, argv, devices=2, cache=cache)
   assert [x.code for x in done] == [0, 0], done
   assert files(tmp_path) == files(two)
