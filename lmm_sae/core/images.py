@@ -122,6 +122,10 @@ def read(path: str | os.PathLike) -> bytes:
   """
   name = f'image {_shown(path)}'
   try:
+    os.fspath(path).encode()
+  except UnicodeEncodeError:  # no record of a sample could name it
+    raise ValueError(f'{name}: that is no path in UTF-8: rename it') from None
+  try:
     # a pipe that nobody writes to would keep a plain open() waiting
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
   except OSError as error:

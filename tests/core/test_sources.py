@@ -60,10 +60,12 @@ def test_a_folder_of_images_is_read_by_name(tmp_path):
   assert again[0].images[0].image == source[0].images[0].image
 
 
-def test_a_name_that_is_no_text_is_shown_escaped(tmp_path):
+def test_a_name_that_is_no_text_is_refused_and_shown_escaped(tmp_path):
   picture(tmp_path / 'z.png').rename(tmp_path / os.fsdecode(b'\xff.png'))
   source = sources.open_source(DataConfig('images', str(tmp_path)))
-  assert source.name(0) == source[0].source == r'\udcff.png'
+  assert source.name(0) == r'\udcff.png'
+  with pytest.raises(ValueError, match='no path in UTF-8: rename it'):
+    source[0]  # records, which are UTF-8, could not name it
 
 
 def test_archives_are_to_be_unpacked(tmp_path):
@@ -76,3 +78,22 @@ def test_archives_are_to_be_unpacked(tmp_path):
 def test_a_folder_without_images_is_refused(tmp_path):
   with pytest.raises(ValueError, match='holds no samples'):
     sources.open_source(DataConfig('images', str(tmp_path)))
+
+
+def test_content_tells_data_apart_wherever_they_lie(tmp_path):
+  def llava(folder, text):
+    path = tmp_path / folder / 'd.jsonl'
+    path.parent.mkdir()
+    path.write_text(text)
+    return sources.open_source(DataConfig('llava', str(path))).content
+
+  def images(folder, name):
+    picture(tmp_path / folder / name)
+    return sources.open_source(
+      DataConfig('images', str(tmp_path / folder))
+    ).content
+
+  found = [llava(name, text) for name, text in zip('abc', 'xxy', strict=True)]
+  assert found[0] == found[1] != found[2]
+  found = [images('d', 'x.png'), images('e', 'x.png'), images('f', 'y.png')]
+  assert found[0] == found[1] != found[2]
