@@ -72,17 +72,22 @@ def _seal(store: ActivationStore) -> None:
   store.refresh()
 
 
+def kinds(store: ActivationStore) -> dict[str, int]:
+  """Committed rows by the name of their kind."""
+  found: collections.Counter = collections.Counter()
+  for line in store.manifest:
+    found.update(line['kinds'])
+  return dict(found)
+
+
 def _tell(store: ActivationStore) -> None:
   """Logs what a complete store holds."""
-  kinds: collections.Counter = collections.Counter()
-  for line in store.manifest:
-    kinds.update(line['kinds'])
   logging.info(
     'capture: %s: %d samples, %d rows (%s)',
     store.path,
     sum(line['samples'] for line in store.manifest),
     store.num_rows,
-    ', '.join(f'{name} {count}' for name, count in kinds.items()),
+    ', '.join(f'{name} {count}' for name, count in kinds(store).items()),
   )
   if store.meta.dtype != 'bfloat16' and store.num_rows:
     costs = [

@@ -37,7 +37,7 @@ from lmm_sae.core.store import ActivationStore, StoreMeta
 from lmm_sae.core.workdir import Workdir
 from lmm_sae.lmm import crew, folders
 from lmm_sae.lmm import dry_run as dry_run_lib
-from lmm_sae.lmm.telling import Guess, Tools
+from lmm_sae.lmm.dry_run_lines import Guess, Stage
 
 
 def run(config: ConfigDict, workdir: Workdir) -> None:
@@ -84,7 +84,7 @@ def dry_run(config: ConfigDict, workdir: Workdir) -> None:
   lines = dry_run_lib.tell(
     job_of(config, workdir),
     Guess(plan.samples, plan.tokens, plan.width, plan.trial, plan.devices),
-    Tools(open_splits, _capturers, crew.crew, crew.small),
+    Stage(open_splits, _capturers),
   )
   print('\n'.join(lines))
 
