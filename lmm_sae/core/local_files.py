@@ -1,5 +1,6 @@
 """Files that are written in pieces and replaced in one step, by any process."""
 
+import contextlib
 import fcntl
 import os
 from collections.abc import Iterable
@@ -13,7 +14,7 @@ def replace(path: str, pieces: Iterable[bytes]) -> int:
   The name beside it is always the same, so that what a killed process left is
   taken up by the next; TensorStore's listings leave it out.
   """
-  os.makedirs(os.path.dirname(path), exist_ok=True)
+  _make_folder(os.path.dirname(path))
   part = path + LOCK
   while True:
     descriptor = os.open(part, os.O_RDWR | os.O_CREAT, 0o666)
@@ -29,6 +30,17 @@ def replace(path: str, pieces: Iterable[bytes]) -> int:
         raise
       _sync_folder(os.path.dirname(path))
       return size
+
+
+def _make_folder(path: str) -> None:
+  """Makes a folder and those above it, each as known to the disk as a file."""
+  if os.path.isdir(path):
+    return
+  above = os.path.dirname(path)
+  _make_folder(above)
+  with contextlib.suppress(FileExistsError):  # another process was first
+    os.mkdir(path)
+  _sync_folder(above)
 
 
 def _same(file, path: str) -> bool:

@@ -17,7 +17,7 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import tensorstore as ts
@@ -224,13 +224,13 @@ class Place:
     return f'{scheme}://{bucket}', key
 
 
-def read_all(places: Iterable[Place]) -> list[bytes | None]:
-  """Many small files, some at a time; None for one that is not there.
+def read_all(places: Iterable[Place]) -> Iterator[bytes | None]:
+  """Many small files, some in memory at a time; None for one that is not there.
 
   Raises:
     ValueError: one cannot be read.
   """
-  places, found = list(places), []
+  places = list(places)
   for at in range(0, len(places), IN_FLIGHT):
     some = places[at : at + IN_FLIGHT]
     reads = [_keyed(place, ts.KvStore.read) for place in some]
@@ -239,8 +239,7 @@ def read_all(places: Iterable[Place]) -> list[bytes | None]:
         result = read.result()
       except ValueError as error:
         raise explained(error, str(place)) from error
-      found.append(result.value if result.state == 'value' else None)
-  return found
+      yield result.value if result.state == 'value' else None
 
 
 def delete_all(places: Iterable[Place]) -> None:

@@ -27,7 +27,7 @@ def test_what_is_written_is_read_listed_and_deleted(place):
   assert place.list() == ['b', 'groups/000001.json']
   assert (place / 'groups').list() == ['000001.json']
   file.write(b'another')
-  assert places.read_all([file, place / 'c', place / 'b']) == [
+  assert list(places.read_all([file, place / 'c', place / 'b'])) == [
     b'another',
     None,
     b'12345',

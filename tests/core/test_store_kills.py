@@ -2,6 +2,7 @@
 
 import pytest
 
+from lmm_sae.core.places import Place
 from lmm_sae.core.store import ActivationStore
 from tests.core.store_cases import (
   GROUPS,
@@ -105,6 +106,26 @@ def test_processes_may_create_write_and_seal_at_once(whole, tmp_path):
     process.stdout.close()
     process.stderr.close()
   assert digest(tmp_path / 's') == digest(whole)
+
+
+def test_a_sealer_that_another_overtakes_ends_well(
+  whole, tmp_path, monkeypatch
+):
+  slow, fast = create(tmp_path / 's'), create(tmp_path / 's')
+  for each in GROUPS:
+    slow.write_group(**each)
+  write = Place.write
+
+  def overtaken(self, data):
+    monkeypatch.setattr(Place, 'write', write)
+    fast.seal()
+    return write(self, data)
+
+  monkeypatch.setattr(Place, 'write', overtaken)
+  slow.seal()
+  assert digest(tmp_path / 's') == digest(whole)
+  assert slow.complete
+  assert len(slow.samples()) == 7
 
 
 def test_an_unfinished_store_is_not_sealed(tmp_path):
