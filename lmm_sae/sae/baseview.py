@@ -18,9 +18,14 @@ KEPT = 4096  # samples whose codes are kept in memory
 
 
 class BaseView:
-  """The base-view patches of one store's images under one SAE."""
+  """The base-view patches of one store's images under one SAE.
+
+  Raises:
+    ValueError: the images have grids of their own.
+  """
 
   def __init__(self, store: ActivationStore, layer: int, sae: Sae):
+    store.check_one_grid()
     self.store = store
     self.sae = sae
     self._layer = layer

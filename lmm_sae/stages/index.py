@@ -90,11 +90,7 @@ def build(
   samples = store.samples()
   if not samples:
     raise ValueError(f'{store.path} holds no sample: there is nothing to index')
-  if store.meta.grid == (0, 0) and any(sample.image for sample in samples):
-    raise ValueError(
-      f'{store.path} is of a subject whose grid of patches depends on the '
-      'image; an index keeps maps of one grid'
-    )
+  store.check_one_grid()
   spans = [store.span(sample) for sample in samples]
   meta = IndexMeta(
     layer=layer,
