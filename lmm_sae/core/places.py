@@ -186,6 +186,21 @@ class Place:
       raise explained(error, str(self)) from error
     return found.state == 'value' and len(found.value) == 1
 
+  def check_bucket(self) -> None:
+    """Tells a bucket that is missing from one in which this file is.
+
+    Raises:
+      ValueError: there is no such bucket, or it cannot be looked at.
+    """
+    if self.local:
+      return
+    root, key = self._split()
+    own = ts.KvStore.KeyRange(key, f'{key}\0')
+    try:
+      _open(root, _settings()).list(own).result()
+    except ValueError as error:
+      raise explained(error, str(self)) from error
+
   def list(self) -> list[str]:
     """The names of all files below, as paths relative to this place, sorted.
 

@@ -9,6 +9,7 @@ import pytest
 
 from lmm_sae.core import local_files, places
 from lmm_sae.core.places import Place
+from lmm_sae.core.store import ActivationStore
 from lmm_sae.core.workdir import Workdir
 
 
@@ -105,6 +106,13 @@ def test_a_bucket_that_is_not_there_is_named(s3):
     Place.of('s3://none/x').write(b'')
   with pytest.raises(ValueError, match=r's3://none does not exist'):
     Place.of('s3://none/x').list()
+  with pytest.raises(ValueError, match=r's3://none does not exist'):
+    ActivationStore.open('s3://none/x')
+  workdir = Workdir.of('run', 's3://none/x')
+  with pytest.raises(ValueError, match=r's3://none does not exist'):
+    workdir.require(workdir.acts('a'), 'capture')
+  with pytest.raises(ValueError, match=r'run `lmm-sae capture` first'):
+    ActivationStore.open(s3)
 
 
 def test_refused_credentials_say_what_to_set(s3_refuses):
@@ -210,3 +218,22 @@ def test_the_part_of_a_killed_writer_is_taken_up(tmp_path):
   assert place.list() == []
   (place / 'f').write(b'whole')
   assert {x.name: x.read_bytes() for x in tmp_path.iterdir()} == {'f': b'whole'}
+
+
+def test_a_folder_that_others_remove_is_made_again(tmp_path, monkeypatch):
+  place, make = Place.of(tmp_path), os.mkdir
+
+  def removed(path):
+    monkeypatch.setattr(os, 'mkdir', make)
+    make(path)
+    os.rmdir(path)
+
+  monkeypatch.setattr(os, 'mkdir', removed)
+  (place / 'groups' / '000004.json').write(b'late')
+  assert place.list() == ['groups/000004.json']
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+  (tmp_path / 'a').symlink_to(tmp_path / 'none')
+  with pytest.raises(ValueError, match=r'/a/b: no such file or directory'):
+    Place.of(tmp_path / 'a' / 'b').write(b'')
