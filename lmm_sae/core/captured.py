@@ -36,6 +36,11 @@ def found(job: Job, fingerprint: str) -> dict[str, ActivationStore]:
   return stores
 
 
+def lacks_vocab(store: ActivationStore) -> bool:
+  """Whether it must be opened for writing, which writes that file, too."""
+  return not (store.path / 'vocab.json').exists()
+
+
 def finish(job: Job, fingerprint: str) -> None:
   """Seals what is complete, and says what was captured and what is missing.
 

@@ -48,6 +48,8 @@ def run(config: ConfigDict, workdir: Workdir) -> None:
   stores = captured.found(job, fingerprint)
   if len(stores) == len(SPLITS) and all(s.complete for s in stores.values()):
     logging.info('capture: %s is complete', workdir.acts_root)
+    if any(map(captured.lacks_vocab, stores.values())):
+      _opened(job)
     captured.finish(job, fingerprint)
     return
   tasks = _tasks(job, stores)

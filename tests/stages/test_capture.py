@@ -165,6 +165,17 @@ def test_a_second_run_changes_nothing_and_loads_nothing(
   assert digest(whole) == before
 
 
+def test_a_vocabulary_that_was_dropped_is_written_again(settings, tmp_path):
+  settings.data.limit = 9
+  workdir = Workdir.of(tmp_path / 'run')
+  capture.run(settings, workdir)
+  before = digest(workdir)
+  (workdir.acts('a') / 'vocab.json').delete()
+  capture._opened.cache_clear()  # as in a process of its own
+  capture.run(settings, workdir)
+  assert digest(workdir) == before
+
+
 def test_a_folder_of_images_is_captured_with_a_bare_prompt(
   settings, data, tmp_path
 ):
