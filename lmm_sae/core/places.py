@@ -23,7 +23,7 @@ from typing import Any
 import tensorstore as ts
 
 from lmm_sae.core import local_files
-from lmm_sae.core.place_errors import explained, unwritten
+from lmm_sae.core.place_errors import FAILURES, explained, unwritten
 
 SCHEMES = ('s3', 'gs')
 URL = re.compile(r'^([a-zA-Z][a-zA-Z0-9+.-]*)://(.*)$')
@@ -112,7 +112,7 @@ class Place:
     try:
       found = _open(root, _settings()).read(key, byte_range=slice(0, 1))
       return found.result().state == 'value'
-    except ValueError as error:
+    except FAILURES as error:
       if PAST_END.search(str(error)):  # it is empty
         return True
       raise explained(error, str(self)) from error
@@ -159,7 +159,7 @@ class Place:
     root, key = self._split()
     try:
       _open(root, _settings()).write(key, data).result()
-    except ValueError as error:
+    except FAILURES as error:
       raise explained(error, str(self)) from error
     return len(data)
 
@@ -180,14 +180,14 @@ class Place:
     store = _open(root, _settings())
     try:
       found = store.read(key, byte_range=slice(at, at + 1)).result()
-    except ValueError as error:
+    except FAILURES as error:
       if PAST_END.search(str(error)):
         return False
       raise explained(error, str(self)) from error
     return found.state == 'value' and len(found.value) == 1
 
   def check_bucket(self) -> None:
-    """Tells a bucket that is missing from one in which this file is.
+    """Tells an S3 bucket that is missing from one in which this file is.
 
     Raises:
       ValueError: there is no such bucket, or it cannot be looked at.
@@ -198,7 +198,7 @@ class Place:
     own = ts.KvStore.KeyRange(key, f'{key}\0')
     try:
       _open(root, _settings()).list(own).result()
-    except ValueError as error:
+    except FAILURES as error:
       raise explained(error, str(self)) from error
 
   def list(self) -> list[str]:
@@ -209,7 +209,7 @@ class Place:
     """
     try:
       return sorted(key.decode() for key in self.kvstore.list().result())
-    except ValueError as error:
+    except FAILURES as error:
       raise explained(error, str(self)) from error
 
   def delete(self) -> None:
@@ -224,7 +224,7 @@ class Place:
     """
     try:
       self.kvstore.delete_range(ts.KvStore.KeyRange()).result()
-    except ValueError as error:
+    except FAILURES as error:
       raise explained(error, str(self)) from error
     if self.local and os.path.isdir(self.url):
       with contextlib.suppress(OSError):  # another process writes there again
@@ -252,7 +252,7 @@ def read_all(places: Iterable[Place]) -> Iterator[bytes | None]:
     for place, read in zip(some, reads, strict=True):
       try:
         result = read.result()
-      except ValueError as error:
+      except FAILURES as error:
         raise explained(error, str(place)) from error
       yield result.value if result.state == 'value' else None
 
@@ -272,7 +272,7 @@ def delete_all(places: Iterable[Place]) -> None:
     for place, delete in zip(some, deletes, strict=True):
       try:
         delete.result()
-      except ValueError as error:
+      except FAILURES as error:
         raise explained(error, str(place)) from error
 
 
@@ -334,5 +334,5 @@ def _open(root: str, settings: tuple[tuple[str, str], ...]) -> ts.KvStore:
     }
   try:
     return ts.KvStore.open(spec, context=CONTEXT).result()
-  except ValueError as error:
+  except FAILURES as error:
     raise explained(error, root) from error

@@ -11,6 +11,7 @@ from lmm_sae.core import local_files, places
 from lmm_sae.core.places import Place
 from lmm_sae.core.store import ActivationStore
 from lmm_sae.core.workdir import Workdir
+from tests import loopback
 
 
 def test_what_is_written_is_read_listed_and_deleted(place):
@@ -115,6 +116,11 @@ def test_a_bucket_that_is_not_there_is_named(s3):
     ActivationStore.open(s3)
 
 
+def test_a_bucket_of_googles_that_is_not_there_is_named_when_written(gs):
+  with pytest.raises(ValueError, match=r'gs://none does not exist: make it'):
+    Place.of('gs://none/x').write(b'')
+
+
 def test_refused_credentials_say_what_to_set(s3_refuses):
   for use in (lambda x: x.write(b'1'), lambda x: x.read(), Place.list):
     with pytest.raises(
@@ -124,16 +130,27 @@ def test_refused_credentials_say_what_to_set(s3_refuses):
     assert len(str(e.value)) < 400
 
 
-@pytest.fixture
-def s3_refuses(s3, monkeypatch):
-  """A server that answers as Amazon's does to a key it does not know."""
-  import http.server
+@pytest.mark.parametrize('answers', [501])
+def test_what_a_server_cannot_do_is_told_with_the_place(s3_refuses):
+  for use in (lambda x: x.write(b'1'), lambda x: x.read(), Place.list):
+    with pytest.raises(ValueError, match=r's3://acts/x: '):
+      use(Place.of('s3://acts/x'))
 
+
+@pytest.fixture
+def answers():
+  return 403
+
+
+@pytest.fixture
+def s3_refuses(s3, monkeypatch, answers):
+  """A server that answers as Amazon's does to a key it does not know."""
   body = b'<Error><Code>InvalidAccessKeyId</Code><Message>no</Message></Error>'
 
-  class Refuses(http.server.BaseHTTPRequestHandler):
+  class Refuses(loopback.Handler):
     def do_GET(self):
-      self.send_response(403)
+      self.rfile.read(int(self.headers.get('Content-Length') or 0))
+      self.send_response(answers)
       self.send_header('Content-Length', str(len(body)))
       self.end_headers()
       if self.command != 'HEAD':
@@ -141,16 +158,9 @@ def s3_refuses(s3, monkeypatch):
 
     do_PUT = do_HEAD = do_GET
 
-    def log_message(self, *_):
-      pass
-
-  server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Refuses)
-  threading.Thread(target=server.serve_forever, daemon=True).start()
-  host, port = server.server_address
-  monkeypatch.setenv('AWS_ENDPOINT_URL', f'http://{host}:{port}')
-  yield
-  server.shutdown()
-  server.server_close()
+  with loopback.serve(Refuses) as url:
+    monkeypatch.setenv('AWS_ENDPOINT_URL', url)
+    yield
 
 
 def test_a_server_that_is_not_there_is_named(s3, monkeypatch):
