@@ -4,13 +4,15 @@ import collections
 import dataclasses
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from absl import logging
 
 from lmm_sae.core.jobs import Job
-from lmm_sae.core.sources import SPLITS
+from lmm_sae.core.sources import SPLITS, Split
 from lmm_sae.core.store import ActivationStore
 
+CONTENT = 'content'  # in a store's config: `Source.content`
 REASONS = 5  # of rejects that are told, the commonest
 
 
@@ -28,7 +30,7 @@ def found(job: Job, fingerprint: str) -> dict[str, ActivationStore]:
     meta, layout, opts = store.meta, store.layout, job.capture
     if (
       (meta.fingerprint, meta.layers) == (fingerprint, job.lmm.layers)
-      and meta.config == job.settings
+      and _settings(meta.config) == job.settings
       and (layout.shard_rows, layout.chunk_rows, layout.group_rows)
       == (opts.shard_rows, opts.chunk_rows, opts.group_rows)
     ):
@@ -39,6 +41,16 @@ def found(job: Job, fingerprint: str) -> dict[str, ActivationStore]:
 def lacks_vocab(store: ActivationStore) -> bool:
   """Whether it must be opened for writing, which writes that file, too."""
   return not (store.path / 'vocab.json').exists()
+
+
+def _settings(config: dict[str, Any]) -> dict[str, Any]:
+  """The part of a store's config that a command says, not its data."""
+  return {name: each for name, each in config.items() if name != CONTENT}
+
+
+def changed(store: ActivationStore, split: Split) -> bool:
+  """Whether the data are others than those that were captured."""
+  return store.meta.config[CONTENT] != split.source.content
 
 
 def finish(job: Job, fingerprint: str) -> None:

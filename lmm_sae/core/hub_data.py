@@ -5,6 +5,7 @@ is here, or that is streamed, is read in place (`core.parquet`); anything else
 is downloaded and converted by `datasets`, and mapped into memory.
 """
 
+import hashlib
 import logging
 import os
 import pathlib
@@ -125,12 +126,18 @@ def _saved(
 
 
 class HubDataset:
-  """Rows that `datasets` has mapped into memory; images are not decoded."""
+  """Rows that `datasets` has mapped into memory; images are not decoded.
+
+  `content` is a digest of their number and columns.
+  """
 
   blocks = None
 
   def __init__(self, rows: Any, root: pathlib.Path | None):
-    self._columns = Columns.of(rows.features.arrow_schema)
+    schema = rows.features.arrow_schema
+    self._columns = Columns.of(schema)
+    told = repr((len(rows), schema.names))
+    self.content = hashlib.sha256(told.encode()).hexdigest()
     rows = rows.select_columns(list(self._columns.names))
     self._rows, self._root = rows.with_format('arrow'), root
 

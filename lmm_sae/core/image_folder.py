@@ -1,5 +1,6 @@
 """A folder of pictures, each a sample with a bare prompt."""
 
+import hashlib
 import os
 import pathlib
 
@@ -20,6 +21,7 @@ class ImageFolder:
   """Every image below a folder, in order of name.
 
   Hidden files and folders are passed over, and folders that are links.
+  `content` is a digest of the names.
   """
 
   blocks = None
@@ -40,6 +42,8 @@ class ImageFolder:
       for name in names
       if name[-1].lower().endswith(SUFFIXES)
     ]
+    listed = os.fsencode('\0'.join(self._files))
+    self.content = hashlib.sha256(listed).hexdigest()
     archives = [name[-1] for name in names if name[-1].endswith(ARCHIVES)]
     if archives and not self._files:
       raise ValueError(

@@ -35,6 +35,10 @@ class SubjectConfig:
 
   def __post_init__(self):
     object.__setattr__(self, 'layers', tuple(self.layers))
+    if any(type(layer) is not int for layer in self.layers):
+      raise ValueError(
+        f'lmm.layers is {self.layers}: give whole numbers, such as (8, 16)'
+      )
     if not self.layers or len(set(self.layers)) != len(self.layers):
       raise ValueError(
         f'lmm.layers is {self.layers}: name each layer once, and at least one'

@@ -6,6 +6,7 @@ pickled.
 """
 
 import array
+import hashlib
 import json
 import os
 import pathlib
@@ -42,6 +43,7 @@ class LlavaFile:
   """A JSON list, or JSON lines, of rows: see `items.item`.
 
   Images are relative to `image_root`, or else to the file, and lie below it.
+  `content` is the file's digest; what the images hold is not in it.
   """
 
   blocks = None
@@ -57,6 +59,8 @@ class LlavaFile:
     self._root = folder(image_root or str(file.parent))
     with open(file, 'rb') as opened:
       self._facts = _facts(opened)
+      self.content = hashlib.file_digest(opened, 'sha256').hexdigest()
+      opened.seek(0)
       head = opened.read(4)
       for magic, what in _OTHERS.items():
         if head.startswith(magic):

@@ -6,6 +6,7 @@ made of are read, and the last two groups are kept. Nothing is written.
 
 import collections
 import concurrent.futures
+import hashlib
 import json
 import pathlib
 import threading
@@ -27,7 +28,8 @@ class ParquetFiles:
 
   Without `conversations` or `messages` a row is its images, with a bare prompt,
   or where there are none its `text`. Can be pickled; the groups that are held
-  are left behind.
+  are left behind. `content` is a digest of the row
+  groups' sizes.
   """
 
   def __init__(self, files: Sequence[str], root: pathlib.Path | None):
@@ -38,8 +40,8 @@ class ParquetFiles:
       root: folder of the images that rows name by path.
 
     Raises:
-      ValueError: a file is no parquet file, has other columns than the first or
-        a larger row group.
+      ValueError: a file is no parquet file, its rows are made of other columns
+        than the first's, or a row group is too large.
     """
     self._files, self._root = list(files), root
     with concurrent.futures.ThreadPoolExecutor(AT_ONCE) as pool:
@@ -47,11 +49,7 @@ class ParquetFiles:
     schemas = [footer.schema.to_arrow_schema() for footer in self._footers]
     self.columns = Columns.of(schemas[0])
     for name, schema in zip(files, schemas, strict=True):
-      if missing := set(self.columns.names) - set(schema.names):
-        raise ValueError(
-          f'{name} has no column {", ".join(sorted(missing))}, which '
-          f'{files[0]} has'
-        )
+      _check_same(files[0], self.columns, name, Columns.of(schema))
     # of all columns: Arrow ends the process over a column's spoilt statistics
     groups = [
       (at, number, group.num_rows, group.total_byte_size)
@@ -71,6 +69,8 @@ class ParquetFiles:
       )
     self._groups = [(at, number) for at, number, *_ in groups]
     self._start_G = np.cumsum([0, *(rows for _, _, rows, _ in groups)])
+    told = [schema.names for schema in schemas], groups
+    self.content = hashlib.sha256(repr(told).encode()).hexdigest()
     self.__setstate__({})
 
   @property
@@ -180,6 +180,21 @@ class Columns:
     if self._image:
       row['image'] = row.pop(self._image)
     return (bare if self._bare else item)(row, name, root)
+
+
+def _check_same(first: str, wanted: Columns, file: str, found: Columns) -> None:
+  """Refuses a file whose rows would be made of more or less than the first's.
+
+  Raises:
+    ValueError: a column that one of the two lacks.
+  """
+  pairs = (file, found, first, wanted), (first, wanted, file, found)
+  for here, has, there, want in pairs:
+    if missing := set(want.names) - set(has.names):
+      raise ValueError(
+        f'{here} has no column {", ".join(sorted(missing))}, which {there} '
+        'has: give files that have the same columns'
+      )
 
 
 def _footer(file: str):

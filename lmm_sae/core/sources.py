@@ -97,10 +97,16 @@ class Source(Protocol):
   Attributes:
     blocks: the first rows of the runs of rows that are cheap to read together,
       ascending from 0; None: any order is as good.
+    content: differs where the rows do, as far as can be told without reading
+      them all, and not with where they lie: a store that is half made of other
+      data must not be gone on with.
   """
 
   @property
   def blocks(self) -> Sequence[int] | None: ...
+
+  @property
+  def content(self) -> str: ...
 
   def __len__(self) -> int: ...
 

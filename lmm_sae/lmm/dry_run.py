@@ -122,10 +122,13 @@ def measured(
   except (ValueError, OSError) as error:
     lacks.append(Lack('store', wording.of(error), ('--config.acts=OTHER',)))
     return lines_of.guessed(job, guess, here)
-  for name in SPLITS:
-    place = job.workdir.acts(name)
-    if name not in stores and (place / 'meta.json').exists():
+  for split in here.splits:
+    place, why = job.workdir.acts(split.name), ''
+    if split.name not in stores and (place / 'meta.json').exists():
       why = f'{place} was captured with other settings, or of another model'
+    elif split.name in stores and captured.changed(stores[split.name], split):
+      why = f'{place} was captured of data that have changed since'
+    if why:
       lacks.append(Lack('store', why, ('another --workdir, or delete it',)))
   left = {split.name: _left(job, split, stores) for split in here.splits}
   owed = [split for split in here.splits if len(left[split.name])]

@@ -187,8 +187,7 @@ _OPENING = threading.Lock()  # or two threads would load the model, each its own
 def _opened(job: Job) -> _Opened:
   found = _capturers(job)
   stores = {
-    name: _store(job, each.subject, name, len(each.split.rows))
-    for name, each in found.items()
+    name: _store(job, each.subject, each.split) for name, each in found.items()
   }
   return _Opened(
     stores,
@@ -242,9 +241,9 @@ def capturer(job: Job, subject, split: Split):
   )
 
 
-def _store(job: Job, subject, name: str, size: int) -> ActivationStore:
+def _store(job: Job, subject, split: Split) -> ActivationStore:
   """The store of one split, open for writing."""
-  opts = job.capture
+  opts, name = job.capture, split.name
   store = ActivationStore.create(
     job.workdir.acts(name),
     StoreMeta(
@@ -258,9 +257,9 @@ def _store(job: Job, subject, name: str, size: int) -> ActivationStore:
       image_backend=subject.image_backend,
       mixed=opts.mixed(name),
       dtype=opts.store,
-      config=job.settings,
+      config={**job.settings, captured.CONTENT: split.source.content},
     ),
-    groups=job.groups(size),
+    groups=job.groups(len(split.rows)),
     group_rows=opts.group_rows,
     shard_rows=opts.shard_rows,
     chunk_rows=opts.chunk_rows,
@@ -281,6 +280,7 @@ class _Scenes:
   seed: int
   count: int
   blocks: None = None  # any order is as good
+  content: str = 'scenes'  # which follow from what the command says
 
   def __len__(self) -> int:
     return self.count

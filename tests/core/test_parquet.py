@@ -157,6 +157,27 @@ def test_files_of_other_columns_are_refused(folder):
     opened(folder)
 
 
+@pytest.mark.parametrize('column', ['conversations', 'image'])
+def test_files_of_more_columns_than_the_first_are_refused(folder, column):
+  row = parquet_files.row(0)
+  del row[column]
+  first = folder / 'train-00000-of-00002.parquet'
+  first.write_bytes(parquet_files.data([row], 1))
+  with pytest.raises(ValueError, match=f'00000-.* has no column {column}, wh'):
+    opened(folder)
+
+
+def test_content_tells_files_apart_wherever_they_lie(tmp_path):
+  found = []
+  for at, rows in enumerate(([0, 1], [0, 1], [0, 22])):
+    (tmp_path / f'{at}').mkdir()
+    (tmp_path / f'{at}' / 'x.parquet').write_bytes(
+      parquet_files.data([parquet_files.row(row) for row in rows], 1)
+    )
+    found.append(opened(tmp_path / f'{at}').content)
+  assert found[0] == found[1] != found[2]
+
+
 HUGGINGFACE = (
   b'{"info": {"features": {"pic": {"_type": "Image"}, "z": {"dtype": "x"}}}}'
 )

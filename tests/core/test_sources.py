@@ -76,3 +76,22 @@ def test_archives_are_to_be_unpacked(tmp_path):
 def test_a_folder_without_images_is_refused(tmp_path):
   with pytest.raises(ValueError, match='holds no samples'):
     sources.open_source(DataConfig('images', str(tmp_path)))
+
+
+def test_content_tells_data_apart_wherever_they_lie(tmp_path):
+  def llava(folder, text):
+    path = tmp_path / folder / 'd.jsonl'
+    path.parent.mkdir()
+    path.write_text(text)
+    return sources.open_source(DataConfig('llava', str(path))).content
+
+  def images(folder, name):
+    picture(tmp_path / folder / name)
+    return sources.open_source(
+      DataConfig('images', str(tmp_path / folder))
+    ).content
+
+  found = [llava(name, text) for name, text in zip('abc', 'xxy', strict=True)]
+  assert found[0] == found[1] != found[2]
+  found = [images('d', 'x.png'), images('e', 'x.png'), images('f', 'y.png')]
+  assert found[0] == found[1] != found[2]

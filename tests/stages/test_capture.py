@@ -221,6 +221,9 @@ def test_what_cannot_be_captured_is_refused_at_once(settings, tmp_path):
     ('lmm.path', '/no/where', 'is no folder: give `small`'),
     ('lmm.layers', (), 'name each layer once'),
     ('lmm.layers', (1, 1), 'name each layer once'),
+    ('lmm.layers', (1.0,), r'lmm.layers is \(1.0,\): give whole numbers'),
+    ('lmm.layers', ('a',), 'give whole numbers'),
+    ('lmm.layers', (True,), 'give whole numbers'),
     ('data.path', '/no/where.json', 'is no file'),
     ('data.source', 'tfds', 'none of scenes, llava'),
     ('data.limit', 2, 'at least 3 are needed'),
@@ -244,6 +247,29 @@ def test_a_layer_outside_the_model_is_refused(settings, tmp_path):
 def test_other_data_in_the_same_workdir_is_refused(settings, whole):
   settings.data.seed = 9
   refuse(settings, whole.root, r'config\.data\.seed: 0, now 9')
+
+
+@pytest.mark.parametrize('done', ['0/2', ''])
+def test_data_that_changed_under_a_capture_are_refused(
+  settings, tmp_path, capsys, done
+):
+  path = captures.make_data(tmp_path)
+  settings.data.path = str(path)
+  settings.capture.share = done
+  capture.run(settings, Workdir.of(tmp_path / 'run'))
+  path.write_text(path.read_text().replace('a red cat', 'a bad cat'))
+  settings.capture.share = '1/2'
+  if done:
+    capture._opened.cache_clear()  # as in a process of its own
+    capture._capturers.cache_clear()
+    refuse(settings, tmp_path / 'run', r'other settings .*config\.content: ')
+    capture.dry_run(settings, Workdir.of(tmp_path / 'run'))
+    told = ' '.join(capsys.readouterr().out.split())
+    assert 'was captured of data that have changed since' in told
+    assert told.endswith('capture cannot start here; missing: store')
+  else:  # nothing is owed, so the data need not be there any more
+    path.unlink()
+    capture.run(settings, Workdir.of(tmp_path / 'run'))
 
 
 def test_a_split_of_which_nothing_can_be_read_is_an_error(settings, tmp_path):
