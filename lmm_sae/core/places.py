@@ -49,8 +49,8 @@ class Place:
       return path
     text = os.fspath(path)
     match = URL.match(text)
-    if not match:
-      return cls(os.path.abspath(text))
+    if not match:  # a shell leaves the ~ of --config.acts=~/acts as it is
+      return cls(os.path.abspath(os.path.expanduser(text)))
     scheme, rest = match[1].lower(), match[2]
     if scheme == 'file':
       return cls(os.path.abspath(rest))

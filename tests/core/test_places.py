@@ -62,6 +62,7 @@ def test_a_size_is_told_without_reading(place):
     ('/tmp/a/../b', '/tmp/b'),
     ('file:///tmp/b', '/tmp/b'),
     ('runs/demo', os.path.abspath('runs/demo')),
+    ('~/acts', os.path.expanduser('~/acts')),
   ],
 )
 def test_a_place_is_a_url_or_an_absolute_path(path, url):
