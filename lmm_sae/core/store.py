@@ -181,18 +181,6 @@ class ActivationStore:
     variance = sum(each['variance'] for each in found)
     return sum(each['error'] for each in found) / variance if variance else 0.0
 
-  def check_one_grid(self) -> None:
-    """Refuses base views of images that differ in their rows and columns.
-
-    Raises:
-      ValueError: the grid depends on the image, and there are images.
-    """
-    if self.meta.grid == (0, 0) and any(each.width for each in self.samples()):
-      raise ValueError(
-        f'{self.path} is of a subject whose grid of patches depends on the '
-        'image; maps are of one grid: capture with a LLaVA instead'
-      )
-
   def span(self, sample: records.Sample) -> tuple[int, int]:
     """(start, stop) of a sample's rows: one for each token, by position.
 
