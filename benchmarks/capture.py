@@ -193,9 +193,7 @@ def main() -> None:
       run = compare(CASES[name], pathlib.Path(folder), args.turns)
     found['runs'].append({'case': name, **run})
     print(table(run), flush=True)
-  if args.out:
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(found, indent=1) + '\n')
+  machine.save(found, args.out)
 
 
 def _arguments() -> argparse.Namespace:

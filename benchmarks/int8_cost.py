@@ -43,9 +43,7 @@ def main() -> None:
       **compare(pathlib.Path(folder), args.config, args.overrides),
     }
   print(table(found))
-  if args.out:
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(found, indent=1) + '\n')
+  machine.save(found, args.out)
 
 
 def _arguments() -> argparse.Namespace:

@@ -1,5 +1,6 @@
 """What a JSON says of where its figures come from."""
 
+import json
 import os
 import pathlib
 import platform
@@ -14,6 +15,13 @@ def facts() -> dict:
     'date': time.strftime('%Y-%m-%d'),
     'machine': {'processor': processor(), 'cores': cores()},
   }
+
+
+def save(found: dict, path: pathlib.Path | None) -> None:
+  """Writes what was found as a JSON, if it is to be written."""
+  if path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(found, indent=1) + '\n')
 
 
 def cores() -> int:

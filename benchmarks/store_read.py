@@ -20,7 +20,6 @@ beside as many bytes written to one file, each synced.
 
 import argparse
 import dataclasses
-import json
 import os
 import pathlib
 import shutil
@@ -71,9 +70,7 @@ def main() -> None:
         run = measure(pathlib.Path(folder), width, dtype, args)
       found['runs'].append(run)
       print(table(run), flush=True)
-  if args.out:
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(found, indent=1) + '\n')
+  machine.save(found, args.out)
 
 
 def _arguments() -> argparse.Namespace:

@@ -9,7 +9,7 @@ from typing import Any
 from absl import logging
 
 from lmm_sae.core.jobs import Job
-from lmm_sae.core.sources import SPLITS
+from lmm_sae.core.sources import SPLITS, Split
 from lmm_sae.core.store import ActivationStore
 
 CONTENT = 'content'  # in a store's config: `Source.content`
@@ -38,9 +38,19 @@ def found(job: Job, fingerprint: str) -> dict[str, ActivationStore]:
   return stores
 
 
+def lacks_vocab(store: ActivationStore) -> bool:
+  """Whether it must be opened for writing, which writes that file, too."""
+  return not (store.path / 'vocab.json').exists()
+
+
 def _settings(config: dict[str, Any]) -> dict[str, Any]:
   """The part of a store's config that a command says, not its data."""
   return {name: each for name, each in config.items() if name != CONTENT}
+
+
+def changed(store: ActivationStore, split: Split) -> bool:
+  """Whether the data are others than those that were captured."""
+  return store.meta.config[CONTENT] != split.source.content
 
 
 def finish(job: Job, fingerprint: str) -> None:
@@ -79,17 +89,22 @@ def _seal(store: ActivationStore) -> None:
   store.refresh()
 
 
+def kinds(store: ActivationStore) -> dict[str, int]:
+  """Committed rows by the name of their kind."""
+  found: collections.Counter = collections.Counter()
+  for line in store.manifest:
+    found.update(line['kinds'])
+  return dict(found)
+
+
 def _tell(store: ActivationStore) -> None:
   """Logs what a complete store holds."""
-  kinds: collections.Counter = collections.Counter()
-  for line in store.manifest:
-    kinds.update(line['kinds'])
   logging.info(
     'capture: %s: %d samples, %d rows (%s)',
     store.path,
     sum(line['samples'] for line in store.manifest),
     store.num_rows,
-    ', '.join(f'{name} {count}' for name, count in kinds.items()),
+    ', '.join(f'{name} {count}' for name, count in kinds(store).items()),
   )
   if store.meta.dtype != 'bfloat16' and store.num_rows:
     costs = [

@@ -38,6 +38,50 @@ class Expected:
     return Expected(self.total * factor, self.spread * factor)
 
 
+@dataclasses.dataclass(frozen=True)
+class Part:
+  """What is expected of the samples of a split that are left.
+
+  Attributes:
+    samples: how many are left; counted: how many were looked at.
+    seen, kept: tokens, and rows that are stored, by the name of their kind.
+    rejected: samples; reasons: of those that were found.
+    rows: that are stored. bytes: that they take on a disk.
+    read_s: seconds to read and tokenise a sample.
+  """
+
+  samples: int
+  counted: int
+  seen: Mapping[str, Expected]
+  kept: Mapping[str, Expected]
+  rejected: Expected
+  reasons: tuple[str, ...]
+  rows: Expected
+  bytes: Expected
+  read_s: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Pace:
+  """How fast samples of the train split were captured.
+
+  Attributes:
+    workers: that captured at once. samples: all of theirs.
+    chunk: samples in a task, which a group of more stands for.
+    sample_s: seconds a sample, of all workers together.
+    pixels_s, forward_s, write_s: seconds a sample in one worker; what makes the
+      pixels runs beside the model.
+  """
+
+  workers: int
+  samples: int
+  chunk: int
+  sample_s: float
+  pixels_s: float
+  forward_s: float
+  write_s: float
+
+
 def expect(counted: Sequence[float], of: int) -> Expected:
   """What `of` things hold, by those of them that were counted.
 

@@ -14,7 +14,7 @@ import numpy as np
 import tensorstore as ts
 
 from lmm_sae.core import places
-from lmm_sae.core.place_errors import explained
+from lmm_sae.core.place_errors import FAILURES, explained
 from lmm_sae.core.places import Place
 
 TOKENS = {  # name: (dtype, columns; 0 is a plain vector)
@@ -132,7 +132,7 @@ def open_array(
       read=True,
       write=create,
     ).result()
-  except ValueError as error:
+  except FAILURES as error:
     raise explained(error, str(place)) from error
 
 

@@ -1,9 +1,11 @@
 """Files that are written in pieces and replaced in one step, by any process."""
 
+import contextlib
 import fcntl
 import os
 from collections.abc import Iterable
 
+ATTEMPTS = 100  # to make a file in a folder that others remove
 LOCK = '.__lock'  # what TensorStore adds to the name of a file it writes
 
 
@@ -13,10 +15,9 @@ def replace(path: str, pieces: Iterable[bytes]) -> int:
   The name beside it is always the same, so that what a killed process left is
   taken up by the next; TensorStore's listings leave it out.
   """
-  os.makedirs(os.path.dirname(path), exist_ok=True)
   part = path + LOCK
   while True:
-    descriptor = os.open(part, os.O_RDWR | os.O_CREAT, 0o666)
+    descriptor = _opened(part)
     with open(descriptor, 'r+b', buffering=0) as file:
       fcntl.flock(file, fcntl.LOCK_EX)
       if not _same(file, part):  # another process has put it in place
@@ -27,8 +28,32 @@ def replace(path: str, pieces: Iterable[bytes]) -> int:
       except BaseException:
         os.unlink(part)  # of a full disk it would take what is left
         raise
-      _sync_folder(os.path.dirname(path))
+      with contextlib.suppress(FileNotFoundError):  # it was removed already
+        _sync_folder(os.path.dirname(path))
       return size
+
+
+def _opened(path: str) -> int:
+  """Opens a file for writing, and makes the folders that are not there."""
+  for attempt in range(ATTEMPTS):
+    try:
+      _make_folder(os.path.dirname(path))
+      return os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except FileNotFoundError:  # another process removed the folder meanwhile
+      if attempt == ATTEMPTS - 1:
+        raise
+  raise AssertionError('the last attempt returns or raises')
+
+
+def _make_folder(path: str) -> None:
+  """Makes a folder and those above it, each as known to the disk as a file."""
+  if os.path.isdir(path):
+    return
+  above = os.path.dirname(path)
+  _make_folder(above)
+  with contextlib.suppress(FileExistsError):  # another process was first
+    os.mkdir(path)
+  _sync_folder(above)
 
 
 def _same(file, path: str) -> bool:

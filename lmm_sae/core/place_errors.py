@@ -7,6 +7,7 @@ import errno
 import os
 import re
 
+FAILURES = (ValueError, NotImplementedError)  # what TensorStore raises
 NO_ROOM = (errno.EFBIG, errno.ENOSPC, errno.EDQUOT)
 REFUSED = re.compile(
   r'PERMISSION_DENIED|UNAUTHENTICATED|AccessDenied|InvalidAccessKeyId'
@@ -23,7 +24,8 @@ def explained(error: Exception, place: str) -> ValueError:
   code = re.search(r"os_error_code='(\d+)'", text)
   short = re.sub(r"\s*\[[a-z-]+_?[a-z_-]*='.*", '', text, flags=re.DOTALL)
   if '://' in place:
-    if 'NoSuchBucket' in text:
+    # Of Google's, a write alone is told so.
+    if 'NoSuchBucket' in text or (place[:3] == 'gs:' and 'NOT_FOUND' in text):
       bucket = '/'.join(place.split('/')[:3])
       return ValueError(
         f'{place}: the bucket {bucket} does not exist: make it, or change acts'

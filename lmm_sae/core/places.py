@@ -17,13 +17,13 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import tensorstore as ts
 
 from lmm_sae.core import local_files
-from lmm_sae.core.place_errors import explained, unwritten
+from lmm_sae.core.place_errors import FAILURES, explained, unwritten
 
 SCHEMES = ('s3', 'gs')
 URL = re.compile(r'^([a-zA-Z][a-zA-Z0-9+.-]*)://(.*)$')
@@ -49,8 +49,8 @@ class Place:
       return path
     text = os.fspath(path)
     match = URL.match(text)
-    if not match:
-      return cls(os.path.abspath(text))
+    if not match:  # a shell leaves the ~ of --config.acts=~/acts as it is
+      return cls(os.path.abspath(os.path.expanduser(text)))
     scheme, rest = match[1].lower(), match[2]
     if scheme == 'file':
       return cls(os.path.abspath(rest))
@@ -112,7 +112,7 @@ class Place:
     try:
       found = _open(root, _settings()).read(key, byte_range=slice(0, 1))
       return found.result().state == 'value'
-    except ValueError as error:
+    except FAILURES as error:
       if PAST_END.search(str(error)):  # it is empty
         return True
       raise explained(error, str(self)) from error
@@ -159,7 +159,7 @@ class Place:
     root, key = self._split()
     try:
       _open(root, _settings()).write(key, data).result()
-    except ValueError as error:
+    except FAILURES as error:
       raise explained(error, str(self)) from error
     return len(data)
 
@@ -180,11 +180,26 @@ class Place:
     store = _open(root, _settings())
     try:
       found = store.read(key, byte_range=slice(at, at + 1)).result()
-    except ValueError as error:
+    except FAILURES as error:
       if PAST_END.search(str(error)):
         return False
       raise explained(error, str(self)) from error
     return found.state == 'value' and len(found.value) == 1
+
+  def check_bucket(self) -> None:
+    """Tells an S3 bucket that is missing from one in which this file is.
+
+    Raises:
+      ValueError: there is no such bucket, or it cannot be looked at.
+    """
+    if self.local:
+      return
+    root, key = self._split()
+    own = ts.KvStore.KeyRange(key, f'{key}\0')
+    try:
+      _open(root, _settings()).list(own).result()
+    except FAILURES as error:
+      raise explained(error, str(self)) from error
 
   def list(self) -> list[str]:
     """The names of all files below, as paths relative to this place, sorted.
@@ -194,7 +209,7 @@ class Place:
     """
     try:
       return sorted(key.decode() for key in self.kvstore.list().result())
-    except ValueError as error:
+    except FAILURES as error:
       raise explained(error, str(self)) from error
 
   def delete(self) -> None:
@@ -209,7 +224,7 @@ class Place:
     """
     try:
       self.kvstore.delete_range(ts.KvStore.KeyRange()).result()
-    except ValueError as error:
+    except FAILURES as error:
       raise explained(error, str(self)) from error
     if self.local and os.path.isdir(self.url):
       with contextlib.suppress(OSError):  # another process writes there again
@@ -224,23 +239,22 @@ class Place:
     return f'{scheme}://{bucket}', key
 
 
-def read_all(places: Iterable[Place]) -> list[bytes | None]:
-  """Many small files, some at a time; None for one that is not there.
+def read_all(places: Iterable[Place]) -> Iterator[bytes | None]:
+  """Many small files, some in memory at a time; None for one that is not there.
 
   Raises:
     ValueError: one cannot be read.
   """
-  places, found = list(places), []
+  places = list(places)
   for at in range(0, len(places), IN_FLIGHT):
     some = places[at : at + IN_FLIGHT]
     reads = [_keyed(place, ts.KvStore.read) for place in some]
     for place, read in zip(some, reads, strict=True):
       try:
         result = read.result()
-      except ValueError as error:
+      except FAILURES as error:
         raise explained(error, str(place)) from error
-      found.append(result.value if result.state == 'value' else None)
-  return found
+      yield result.value if result.state == 'value' else None
 
 
 def delete_all(places: Iterable[Place]) -> None:
@@ -258,7 +272,7 @@ def delete_all(places: Iterable[Place]) -> None:
     for place, delete in zip(some, deletes, strict=True):
       try:
         delete.result()
-      except ValueError as error:
+      except FAILURES as error:
         raise explained(error, str(place)) from error
 
 
@@ -320,5 +334,5 @@ def _open(root: str, settings: tuple[tuple[str, str], ...]) -> ts.KvStore:
     }
   try:
     return ts.KvStore.open(spec, context=CONTEXT).result()
-  except ValueError as error:
+  except FAILURES as error:
     raise explained(error, root) from error

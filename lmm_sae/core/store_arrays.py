@@ -11,7 +11,7 @@ import tensorstore as ts
 
 from lmm_sae.core import grid, places
 from lmm_sae.core.grid import Layout
-from lmm_sae.core.place_errors import explained
+from lmm_sae.core.place_errors import FAILURES, explained
 from lmm_sae.core.places import Place
 from lmm_sae.core.store_commits import MEND
 
@@ -59,7 +59,7 @@ class Arrays:
       for name, future in zip(names, futures, strict=True):
         try:
           found.append(future.result())
-        except ValueError as error:
+        except FAILURES as error:
           raise self._damaged(name, start, stop, error) from error
       return found
 
@@ -73,7 +73,7 @@ class Arrays:
         first, last = max(start, shard * rows), min(stop, (shard + 1) * rows)
         try:
           self.open(name)[first:last].read().result()
-        except ValueError as again:
+        except FAILURES as again:
           file = self.file(name, shard)
           if not file.exists():
             return DamagedShard(file, 'missing')

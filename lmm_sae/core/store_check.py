@@ -5,6 +5,7 @@ and a group that is dropped is one that capture makes again.
 """
 
 import dataclasses
+import json
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -79,19 +80,17 @@ def check(path: Place, checksums: bool) -> Report:
 def drop(path: Place, report: Report) -> None:
   """Uncommits exactly the damaged groups, then deletes their shards.
 
-  Metadata of arrays that is damaged is written anew. It may be killed, and done
-  again after another `check`.
+  Metadata of arrays that is damaged is written anew, and a damaged vocabulary
+  deleted, which capture writes again. It may be killed, and done again after
+  another `check`.
   """
   found = _Check(path)
   found.commits.drop(report.damaged)
   for group in report.damaged:
     found.arrays.delete(group)
   bad = {damage.file for damage in report.damage}
-  places.delete_all(
-    path / name / 'zarr.json'
-    for name in found.arrays.fields
-    if path / name / 'zarr.json' in bad
-  )
+  arrays = [path / name / 'zarr.json' for name in found.arrays.fields]
+  places.delete_all(bad.intersection([*arrays, path / 'vocab.json']))
   found.arrays.make()
 
 
@@ -120,7 +119,7 @@ class _Check:
     if checksums:
       whole = {damage.file for damage in found}
       found += self._contents(readable, whole)
-    found += self._images()
+    found += [*self._vocab(), *self._images()]
     rows = sum(line['stop'] - line['start'] for line in self.lines.values())
     sizes = sum(sum(map(sum, x['bytes'].values())) for x in self.lines.values())
     return Report(
@@ -314,6 +313,24 @@ class _Check:
       if not in_order:
         text = f'rows from {base} on are not in the order of their samples'
         yield Damage(file, text, group)
+
+  def _vocab(self) -> Iterator[Damage]:
+    """Whether the strings of the tokens are there, as rows are."""
+    file = self.path / 'vocab.json'
+    data = file.read_if_there()
+    if data is None:
+      if self.lines:
+        yield Damage(file, 'missing')
+      return
+    try:
+      vocab = json.loads(data)
+    except ValueError as error:
+      yield Damage(file, f'damaged ({error})')
+      return
+    if not isinstance(vocab, list) or not all(
+      isinstance(word, str) for word in vocab
+    ):
+      yield Damage(file, 'no list of strings')
 
   def _images(self) -> Iterator[Damage]:
     """Pictures and region maps that the store keeps, and that are gone."""

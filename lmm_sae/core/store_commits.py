@@ -14,9 +14,11 @@ A line of samples.jsonl or rejects.jsonl whose group manifest.jsonl does not
 list does not exist.
 """
 
+import contextlib
+import heapq
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from lmm_sae.core import places
@@ -42,7 +44,11 @@ KEYS = {  # what must be there
   'rejects': {'group': int, 'source': str, 'reason': str},
   'commit': {'manifest': dict, 'samples': list, 'rejects': list},
 }
-FILES = ('samples', 'rejects', 'manifest')  # in the order they are sealed
+FILES = ('samples', 'rejects', 'manifest')
+
+
+class _SealedError(Exception):
+  """Another process has sealed what was to be sealed."""
 
 
 class Commits:
@@ -114,12 +120,16 @@ class Commits:
       self._loose[group] = line
 
   def seal(self) -> None:
-    """Gathers all commits into the three files, and removes groups/."""
+    """Gathers all commits into the three files, and removes groups/.
+
+    Of samples and rejects, those of a few groups are in memory at a time.
+    """
     self.refresh()
     if self._loose:
-      self.lines()  # a group that another sealer took is in `_sealed` now
-    if self._loose:
-      self._write(self.lines(), self.samples(), self.rejects())
+      with contextlib.suppress(_SealedError):  # another process did the rest
+        self._write('samples', self._in_order('samples'))
+        self._write('rejects', self._in_order('rejects'))
+        self._write('manifest', self.lines().values())
       self.refresh()
     (self._path / 'groups').delete_below()
 
@@ -135,13 +145,10 @@ class Commits:
     places.delete_all(self._object(group) for group in sorted(gone))
     sealed_files = {self._path / f'{name}.jsonl' for name in FILES}
     if sealed or sealed_files & {place for place, _ in self._torn or ()}:
-      kept = {at: lines[at] for at in self._sealed if at not in gone}
-      self._write(
-        kept,
-        [line for line in samples if line['group'] in kept],
-        [line for line in rejects if line['group'] in kept],
-        FILES[::-1],
-      )
+      kept = {at: line for at, line in lines.items() if at in self._sealed}
+      self._write('manifest', kept.values())
+      for name, found in (('rejects', rejects), ('samples', samples)):
+        self._write(name, [line for line in found if line['group'] in kept])
     self.refresh()
 
   # Inside.
@@ -201,23 +208,29 @@ class Commits:
     found += [
       line for line in self._read(name) if line['group'] in self._sealed
     ]
-    return sorted(found, key=lambda line: line['group'])
+    return sorted(found, key=_group)
 
-  def _write(
-    self,
-    lines: Mapping[int, Line],
-    samples: Iterable[Line],
-    rejects: Iterable[Line],
-    order: tuple[str, ...] = FILES,
-  ) -> None:
-    ready = {
-      'manifest': [lines[group] for group in sorted(lines)],
-      'samples': samples,
-      'rejects': rejects,
-    }
-    for name in order:
-      text = ''.join(f'{_dumps(line)}\n' for line in ready[name])
-      (self._path / f'{name}.jsonl').write(text.encode())
+  def _in_order(self, name: str) -> Iterator[Line]:
+    """The samples or the rejects of all committed groups, to be sealed.
+
+    Raises:
+      _SealedError: at the end, if another process has sealed meanwhile.
+    """
+    wanted = sorted(self._loose)
+    loose = (
+      line for _, commit in self._commits(wanted) for line in commit[name]
+    )
+    sealed = [
+      line for line in self._read(name) if line['group'] in self._sealed
+    ]
+    yield from heapq.merge(sorted(sealed, key=_group), loose, key=_group)
+    if len(self._loose) < len(wanted):
+      raise _SealedError
+
+  def _write(self, name: str, lines: Iterable[Line]) -> None:
+    """Writes one of the three files."""
+    texts = (f'{_dumps(line)}\n'.encode() for line in lines)
+    (self._path / f'{name}.jsonl').write(texts)
 
 
 def _fits(line: Line, kind: str) -> bool:
@@ -255,6 +268,10 @@ def parse(
   except ValueError as error:
     raise ValueError(f'{place} is damaged, {error}: {mend}') from error
   return found
+
+
+def _group(line: Line) -> int:
+  return line['group']
 
 
 def _dumps(line: Any) -> str:

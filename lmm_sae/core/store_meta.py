@@ -84,6 +84,7 @@ def read(path: Place) -> tuple[StoreMeta, Layout]:
   """
   found = _read(path)
   if found is None:
+    (path / FILE).check_bucket()
     raise ValueError(f'no activations at {path}: run `lmm-sae capture` first')
   layout, fields = (
     {field.name: found[field.name] for field in dataclasses.fields(kind)}

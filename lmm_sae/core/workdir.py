@@ -47,6 +47,8 @@ class Workdir:
     """
     file = path / 'meta.json' if isinstance(path, Place) else path
     if not file.exists():
+      if isinstance(file, Place):
+        file.check_bucket()
       raise ValueError(
         f'{path} is missing: run `lmm-sae {stage}` with this workdir first'
       )

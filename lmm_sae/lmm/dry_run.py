@@ -17,31 +17,35 @@ import dataclasses
 import os
 import textwrap
 
-from lmm_sae.core import sources, wording
+import numpy as np
+from absl import logging
+
+from lmm_sae.core import captured, sources, wording
 from lmm_sae.core.jobs import Job
 from lmm_sae.core.sources import SPLITS, Split
-from lmm_sae.lmm import needs
-from lmm_sae.lmm.measured import measured
+from lmm_sae.core.store import ActivationStore
+from lmm_sae.lmm import crew, folders, needs
+from lmm_sae.lmm import dry_run_lines as lines_of
+from lmm_sae.lmm.dry_run_lines import Guess, Here, Stage, Told
 from lmm_sae.lmm.needs import Lack
-from lmm_sae.lmm.telling import Guess, Here, Tools, guessed, memory
 
 WIDE = 79  # columns of a line
 
 
-def tell(job: Job, guess: Guess, tools: Tools) -> list[str]:
+def tell(job: Job, guess: Guess, stage: Stage) -> list[str]:
   """The forecast, a topic a line; the last line is the verdict."""
   lines, lacks = [], needs.packages(job)
   if job.capture.workers == 'ray':  # no cluster is started for a forecast
     alone = dataclasses.replace(job.capture, workers='local', processes=1)
     lines = [('workers', 'capture.workers=ray: measured by one worker, here')]
     job = dataclasses.replace(job, capture=alone)
-  here = look(job, guess, tools, lacks)
+  here = look(job, guess, stage, lacks)
   if lacks:
-    told = guessed(job, guess, here)
+    told = lines_of.guessed(job, guess, here)
   else:
-    told = measured(job, guess, tools, here, lacks)
+    told = measured(job, guess, stage, here, lacks)
   lines += told.lines
-  lines += memory(job, here, told, lacks)
+  lines += lines_of.memory(job, here, told, lacks)
   if told.bytes is None:
     lines.append(('disk', 'what is to be written is not known'))
   else:
@@ -77,13 +81,13 @@ def wrapped(name: str, text: str) -> list[str]:
   ]
 
 
-def look(job: Job, guess: Guess, tools: Tools, lacks: list[Lack]) -> Here:
+def look(job: Job, guess: Guess, stage: Stage, lacks: list[Lack]) -> Here:
   """Looks for everything; what is missing is added to `lacks`."""
   folder, missing = needs.weights(job.lmm.path)
   lacks += missing
   device, missing = needs.device(job)
   lacks += missing
-  splits, missing = open_splits(job, tools)
+  splits, missing = open_splits(job, stage)
   lacks += missing
   samples = guessed_samples(job, guess)
   if splits is not None:
@@ -96,7 +100,7 @@ def look(job: Job, guess: Guess, tools: Tools, lacks: list[Lack]) -> Here:
       lacks.append(Lack('weights', str(error), ()))
   if not lacks and samples:
     groups = sum(job.groups(size) for size in samples.values())
-    with tools.crew(job, folder, groups, None) as (_, workers, _):
+    with crew.crew(job, folder, groups, None) as (_, workers, _):
       pass
   return Here(
     folder,
@@ -109,8 +113,91 @@ def look(job: Job, guess: Guess, tools: Tools, lacks: list[Lack]) -> Here:
   )
 
 
+def measured(
+  job: Job, guess: Guess, stage: Stage, here: Here, lacks: list[Lack]
+) -> Told:
+  """What a part of the data says, counted and captured here."""
+  try:
+    stores = captured.found(job, folders.fingerprint(here.folder))
+  except (ValueError, OSError) as error:
+    lacks.append(Lack('store', wording.of(error), ('--config.acts=OTHER',)))
+    return lines_of.guessed(job, guess, here)
+  for split in here.splits:
+    place, why = job.workdir.acts(split.name), ''
+    if split.name not in stores and (place / 'meta.json').exists():
+      why = f'{place} was captured with other settings, or of another model'
+    elif split.name in stores and captured.changed(stores[split.name], split):
+      why = f'{place} was captured of data that have changed since'
+    if why:
+      lacks.append(Lack('store', why, ('another --workdir, or delete it',)))
+  left = {split.name: _left(job, split, stores) for split in here.splits}
+  owed = [split for split in here.splits if len(left[split.name])]
+  lines = [
+    (
+      'samples',
+      f'{sum(here.samples.values()):,}: {lines_of.by_split(here.samples)}',
+    )
+  ]
+  for name, store in stores.items():
+    kinds = ', '.join(
+      f'{kind} {n:,}' for kind, n in captured.kinds(store).items()
+    )
+    lines.append(
+      (
+        'captured',
+        f'{name}: {len(store.committed())} of {store.layout.groups} groups, '
+        f'{store.num_rows:,} rows ({kinds})',
+      )
+    )
+  if not owed:
+    return Told([*lines, ('', 'nothing is left to be done')], 0.0, 0.0)
+  if stores:
+    counts = {name: len(each) for name, each in left.items()}
+    lines.append(('left', f'samples of {lines_of.by_split(counts)}'))
+
+  from lmm_sae.lmm import estimate  # with torch, which `look` has found
+
+  trials = estimate.Trials(job, here.folder, stage.capturers)
+  logging.info('capture: measuring; this takes a minute or two at most')
+  try:
+    parts = estimate.count(trials, owed, left, stores, here.width)
+    first = owed[0]
+    if not parts[first.name].rows.total:
+      raise ValueError(
+        f'no row would be stored of {parts[first.name].counted} samples of '
+        f'{first.name}; the first reason: '
+        f'{[*parts[first.name].reasons, "capture.keep"][0]}'
+      )
+    pace = estimate.pace(
+      trials, first, left[first.name], guess.trial, here.workers
+    )
+  except (ValueError, OSError, NotImplementedError) as error:
+    lacks.append(Lack('model or data', wording.of(error), ()))
+    return lines_of.guessed(job, guess, here)
+  sizes = {name: part.bytes for name, part in parts.items()}
+  rows = {name: part.rows for name, part in parts.items()}
+  lines += lines_of.tokens(parts)
+  lines += lines_of.rejects(parts)
+  lines += lines_of.store(job, here.width, rows, sizes)
+  lines += lines_of.time(job, guess, here, parts, pace, first.name)
+  groups = {name: job.groups(part.samples) for name, part in parts.items()}
+  mean = max(rows[name].total / groups[name] for name in parts)
+  return Told(lines, sum(each.total for each in sizes.values()), mean)
+
+
+def _left(
+  job: Job, split: Split, stores: dict[str, ActivationStore]
+) -> np.ndarray:
+  """The samples of the groups that nobody has committed, ascending."""
+  samples = np.arange(len(split.rows))
+  if split.name not in stores:
+    return samples
+  done = np.array(sorted(stores[split.name].committed()), np.int64)
+  return samples[~np.isin(samples // job.capture.group, done)]
+
+
 def open_splits(
-  job: Job, tools: Tools
+  job: Job, stage: Stage
 ) -> tuple[list[Split] | None, list[Lack]]:
   """(the splits, what is missing); nothing is downloaded."""
   data = job.data
@@ -119,7 +206,7 @@ def open_splits(
     error = f'{data.path} is not on this machine; capture would download it'
     return None, [needs.data(job, error)]
   try:
-    return tools.open_splits(data), []
+    return stage.open_splits(data), []
   except (ValueError, ImportError, OSError) as error:
     return None, [needs.data(job, wording.of(error))]
 

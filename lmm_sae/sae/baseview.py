@@ -17,10 +17,28 @@ from lmm_sae.sae.model import SparseCode
 KEPT = 4096  # samples whose codes are kept in memory
 
 
+def check_one_grid(store: ActivationStore) -> None:
+  """Refuses base views of images that differ in their rows and columns.
+
+  Raises:
+    ValueError: the grid depends on the image, and there are images.
+  """
+  if store.meta.grid == (0, 0) and any(each.width for each in store.samples()):
+    raise ValueError(
+      f'{store.path} is of a subject whose grid of patches depends on the '
+      'image; maps are of one grid: capture with a LLaVA instead'
+    )
+
+
 class BaseView:
-  """The base-view patches of one store's images under one SAE."""
+  """The base-view patches of one store's images under one SAE.
+
+  Raises:
+    ValueError: the images have grids of their own.
+  """
 
   def __init__(self, store: ActivationStore, layer: int, sae: Sae):
+    check_one_grid(store)
     self.store = store
     self.sae = sae
     self._layer = layer

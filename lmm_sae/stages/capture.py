@@ -37,7 +37,7 @@ from lmm_sae.core.store import ActivationStore, StoreMeta
 from lmm_sae.core.workdir import Workdir
 from lmm_sae.lmm import crew, folders
 from lmm_sae.lmm import dry_run as dry_run_lib
-from lmm_sae.lmm.telling import Guess, Tools
+from lmm_sae.lmm.dry_run_lines import Guess, Stage
 
 
 def run(config: ConfigDict, workdir: Workdir) -> None:
@@ -48,6 +48,8 @@ def run(config: ConfigDict, workdir: Workdir) -> None:
   stores = captured.found(job, fingerprint)
   if len(stores) == len(SPLITS) and all(s.complete for s in stores.values()):
     logging.info('capture: %s is complete', workdir.acts_root)
+    if any(map(captured.lacks_vocab, stores.values())):
+      _opened(job)
     captured.finish(job, fingerprint)
     return
   tasks = _tasks(job, stores)
@@ -84,7 +86,7 @@ def dry_run(config: ConfigDict, workdir: Workdir) -> None:
   lines = dry_run_lib.tell(
     job_of(config, workdir),
     Guess(plan.samples, plan.tokens, plan.width, plan.trial, plan.devices),
-    Tools(open_splits, _capturers, crew.crew, crew.small),
+    Stage(open_splits, _capturers),
   )
   print('\n'.join(lines))
 

@@ -31,7 +31,7 @@ from lmm_sae.core.index import IndexMeta, read_meta
 from lmm_sae.core.store import ActivationStore
 from lmm_sae.core.workdir import Workdir
 from lmm_sae.sae import exports, share
-from lmm_sae.sae.baseview import BaseView
+from lmm_sae.sae.baseview import BaseView, check_one_grid
 
 PART_SAMPLES = 256  # samples a part, unless that makes more than MAX_PARTS
 MAX_PARTS = 64
@@ -90,11 +90,7 @@ def build(
   samples = store.samples()
   if not samples:
     raise ValueError(f'{store.path} holds no sample: there is nothing to index')
-  if store.meta.grid == (0, 0) and any(sample.image for sample in samples):
-    raise ValueError(
-      f'{store.path} is of a subject whose grid of patches depends on the '
-      'image; an index keeps maps of one grid'
-    )
+  check_one_grid(store)
   spans = [store.span(sample) for sample in samples]
   meta = IndexMeta(
     layer=layer,

@@ -10,11 +10,11 @@ The protocol is what datasets 5.2 and huggingface_hub 2.4 speak without Xet.
 
 import contextlib
 import hashlib
-import http.server
 import json
 import re
-import threading
 from urllib.parse import parse_qs, quote, unquote, urlsplit
+
+from tests import loopback
 
 
 class Hub:
@@ -57,24 +57,12 @@ def serve():
     pass
 
   Handler.hub = hub
-  server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler)
-  hub.url = f'http://127.0.0.1:{server.server_port}'
-  thread = threading.Thread(target=server.serve_forever, daemon=True)
-  thread.start()
-  try:
+  with loopback.serve(Handler) as hub.url:
     yield hub
-  finally:
-    server.shutdown()
-    server.server_close()
-    thread.join()
 
 
-class _Handler(http.server.BaseHTTPRequestHandler):
-  protocol_version = 'HTTP/1.1'
+class _Handler(loopback.Handler):
   hub: Hub
-
-  def log_message(self, *_):
-    pass
 
   def do_GET(self):
     body = self.rfile.read(int(self.headers.get('Content-Length') or 0))

@@ -12,7 +12,7 @@ import textwrap
 import ml_dtypes
 import numpy as np
 
-from lmm_sae.core import records
+from lmm_sae.core import places, records
 from lmm_sae.core.places import Place
 from lmm_sae.core.store import ActivationStore, StoreMeta
 
@@ -31,7 +31,11 @@ SIZES = {'groups': 5, 'group_rows': 24, 'shard_rows': 12, 'chunk_rows': 4}
 
 
 def create(path, meta=META):
-  return ActivationStore.create(path, meta, **SIZES)
+  """As capture opens one for writing."""
+  made = ActivationStore.create(path, meta, **SIZES)
+  if not (made.path / 'vocab.json').exists():
+    places.write_json(made.path / 'vocab.json', ['a', 'é'])
+  return made
 
 
 def group(index, lengths=(7, 6), rejects=0, seed=0):

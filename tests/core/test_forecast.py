@@ -1,5 +1,6 @@
 """core/forecast.py against sums by hand, and against what a store takes."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -8,7 +9,8 @@ import pytest
 from lmm_sae.core import forecast, grid
 from lmm_sae.core.forecast import Expected
 from lmm_sae.core.grid import TOKENS
-from lmm_sae.core.store import ActivationStore, StoreMeta
+from lmm_sae.core.store import ActivationStore
+from tests.core.store_cases import META
 
 
 def test_what_was_counted_whole_is_exact():
@@ -74,18 +76,7 @@ def test_an_int8_row_has_a_byte_a_number_and_a_scale():
 @pytest.mark.parametrize('dtype', ['bfloat16', 'int8'])
 @pytest.mark.parametrize('rows', [0, 1, 8, 15, 40])
 def test_a_group_takes_the_bytes_that_are_told(tmp_path, dtype, rows):
-  meta = StoreMeta(
-    split='train',
-    model='m',
-    fingerprint='f',
-    layers=(1, 4),
-    layer_paths={'1': 'a', '4': 'b'},
-    width=6,
-    grid=(2, 3),
-    image_backend='p',
-    mixed=True,
-    dtype=dtype,
-  )
+  meta = dataclasses.replace(META, mixed=True, dtype=dtype)
   store = ActivationStore.create(
     tmp_path, meta, groups=3, group_rows=40, shard_rows=20, chunk_rows=4
   )

@@ -9,7 +9,9 @@ import pytest
 
 from lmm_sae.core import local_files, places
 from lmm_sae.core.places import Place
+from lmm_sae.core.store import ActivationStore
 from lmm_sae.core.workdir import Workdir
+from tests import loopback
 
 
 def test_what_is_written_is_read_listed_and_deleted(place):
@@ -27,7 +29,7 @@ def test_what_is_written_is_read_listed_and_deleted(place):
   assert place.list() == ['b', 'groups/000001.json']
   assert (place / 'groups').list() == ['000001.json']
   file.write(b'another')
-  assert places.read_all([file, place / 'c', place / 'b']) == [
+  assert list(places.read_all([file, place / 'c', place / 'b'])) == [
     b'another',
     None,
     b'12345',
@@ -60,6 +62,7 @@ def test_a_size_is_told_without_reading(place):
     ('/tmp/a/../b', '/tmp/b'),
     ('file:///tmp/b', '/tmp/b'),
     ('runs/demo', os.path.abspath('runs/demo')),
+    ('~/acts', os.path.expanduser('~/acts')),
   ],
 )
 def test_a_place_is_a_url_or_an_absolute_path(path, url):
@@ -105,6 +108,18 @@ def test_a_bucket_that_is_not_there_is_named(s3):
     Place.of('s3://none/x').write(b'')
   with pytest.raises(ValueError, match=r's3://none does not exist'):
     Place.of('s3://none/x').list()
+  with pytest.raises(ValueError, match=r's3://none does not exist'):
+    ActivationStore.open('s3://none/x')
+  workdir = Workdir.of('run', 's3://none/x')
+  with pytest.raises(ValueError, match=r's3://none does not exist'):
+    workdir.require(workdir.acts('a'), 'capture')
+  with pytest.raises(ValueError, match=r'run `lmm-sae capture` first'):
+    ActivationStore.open(s3)
+
+
+def test_a_bucket_of_googles_that_is_not_there_is_named_when_written(gs):
+  with pytest.raises(ValueError, match=r'gs://none does not exist: make it'):
+    Place.of('gs://none/x').write(b'')
 
 
 def test_refused_credentials_say_what_to_set(s3_refuses):
@@ -116,16 +131,27 @@ def test_refused_credentials_say_what_to_set(s3_refuses):
     assert len(str(e.value)) < 400
 
 
-@pytest.fixture
-def s3_refuses(s3, monkeypatch):
-  """A server that answers as Amazon's does to a key it does not know."""
-  import http.server
+@pytest.mark.parametrize('answers', [501])
+def test_what_a_server_cannot_do_is_told_with_the_place(s3_refuses):
+  for use in (lambda x: x.write(b'1'), lambda x: x.read(), Place.list):
+    with pytest.raises(ValueError, match=r's3://acts/x: '):
+      use(Place.of('s3://acts/x'))
 
+
+@pytest.fixture
+def answers():
+  return 403
+
+
+@pytest.fixture
+def s3_refuses(s3, monkeypatch, answers):
+  """A server that answers as Amazon's does to a key it does not know."""
   body = b'<Error><Code>InvalidAccessKeyId</Code><Message>no</Message></Error>'
 
-  class Refuses(http.server.BaseHTTPRequestHandler):
+  class Refuses(loopback.Handler):
     def do_GET(self):
-      self.send_response(403)
+      self.rfile.read(int(self.headers.get('Content-Length') or 0))
+      self.send_response(answers)
       self.send_header('Content-Length', str(len(body)))
       self.end_headers()
       if self.command != 'HEAD':
@@ -133,16 +159,9 @@ def s3_refuses(s3, monkeypatch):
 
     do_PUT = do_HEAD = do_GET
 
-    def log_message(self, *_):
-      pass
-
-  server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Refuses)
-  threading.Thread(target=server.serve_forever, daemon=True).start()
-  host, port = server.server_address
-  monkeypatch.setenv('AWS_ENDPOINT_URL', f'http://{host}:{port}')
-  yield
-  server.shutdown()
-  server.server_close()
+  with loopback.serve(Refuses) as url:
+    monkeypatch.setenv('AWS_ENDPOINT_URL', url)
+    yield
 
 
 def test_a_server_that_is_not_there_is_named(s3, monkeypatch):
@@ -210,3 +229,22 @@ def test_the_part_of_a_killed_writer_is_taken_up(tmp_path):
   assert place.list() == []
   (place / 'f').write(b'whole')
   assert {x.name: x.read_bytes() for x in tmp_path.iterdir()} == {'f': b'whole'}
+
+
+def test_a_folder_that_others_remove_is_made_again(tmp_path, monkeypatch):
+  place, make = Place.of(tmp_path), os.mkdir
+
+  def removed(path):
+    monkeypatch.setattr(os, 'mkdir', make)
+    make(path)
+    os.rmdir(path)
+
+  monkeypatch.setattr(os, 'mkdir', removed)
+  (place / 'groups' / '000004.json').write(b'late')
+  assert place.list() == ['groups/000004.json']
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+  (tmp_path / 'a').symlink_to(tmp_path / 'none')
+  with pytest.raises(ValueError, match=r'/a/b: no such file or directory'):
+    Place.of(tmp_path / 'a' / 'b').write(b'')

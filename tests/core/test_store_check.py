@@ -158,6 +158,30 @@ def test_damaged_records_cost_their_groups(whole, tmp_path, harm, groups):
   assert digest(place) == digest(whole)
 
 
+@pytest.mark.parametrize(
+  ('data', 'said'),
+  [
+    (None, 'missing'),
+    (b'["a"', 'damaged'),
+    (b'["a", 1]', 'no list of strings'),
+  ],
+)
+def test_a_damaged_vocabulary_costs_no_group(whole, tmp_path, data, said):
+  finish(tmp_path / 's')
+  place = Place.of(tmp_path / 's')
+  (place / 'vocab.json').delete()
+  if data is not None:
+    (place / 'vocab.json').write(data)
+  report = store_check.check(place, checksums=False)
+  (damage,) = report.damage
+  assert (damage.file, damage.group) == (place / 'vocab.json', None)
+  assert said in damage.text
+  store_check.drop(place, report)
+  assert not (place / 'vocab.json').exists()
+  finish(place)
+  assert digest(place) == digest(whole)
+
+
 def test_a_torn_commit_is_dropped(whole, tmp_path):
   made = create(tmp_path / 's')
   for each in GROUPS:

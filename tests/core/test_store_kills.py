@@ -2,6 +2,7 @@
 
 import pytest
 
+from lmm_sae.core.places import Place
 from lmm_sae.core.store import ActivationStore
 from tests.core.store_cases import (
   GROUPS,
@@ -14,9 +15,10 @@ from tests.core.store_cases import (
 )
 
 
-# Of meta.json, of shards of the first and third group, of their commits, of
-# each of the files that a seal writes, and of groups/, which it then removes.
-@pytest.mark.parametrize('calls', [1, 2, 9, 22, 23, 33, 66, 67, 68, 69, 70])
+# Of meta.json, of vocab.json, of shards of the first and third group, of their
+# commits, of each of the files that a seal writes, and of groups/, which it
+# then removes.
+@pytest.mark.parametrize('calls', [1, 2, 3, 10, 23, 24, 34, 67, 68, 69, 70, 71])
 def test_a_killed_writer_resumes_byte_for_byte(whole, tmp_path, calls):
   killed(tmp_path / 's', calls)
   assert digest(tmp_path / 's') != digest(whole)
@@ -24,7 +26,7 @@ def test_a_killed_writer_resumes_byte_for_byte(whole, tmp_path, calls):
   assert digest(tmp_path / 's') == digest(whole)
 
 
-@pytest.mark.parametrize('calls', [17, 69])
+@pytest.mark.parametrize('calls', [18, 70])
 def test_a_writer_that_is_killed_in_a_bucket_resumes(whole, s3, calls):
   killed(s3, calls)
   finish(s3)
@@ -105,6 +107,26 @@ def test_processes_may_create_write_and_seal_at_once(whole, tmp_path):
     process.stdout.close()
     process.stderr.close()
   assert digest(tmp_path / 's') == digest(whole)
+
+
+def test_a_sealer_that_another_overtakes_ends_well(
+  whole, tmp_path, monkeypatch
+):
+  slow, fast = create(tmp_path / 's'), create(tmp_path / 's')
+  for each in GROUPS:
+    slow.write_group(**each)
+  write = Place.write
+
+  def overtaken(self, data):
+    monkeypatch.setattr(Place, 'write', write)
+    fast.seal()
+    return write(self, data)
+
+  monkeypatch.setattr(Place, 'write', overtaken)
+  slow.seal()
+  assert digest(tmp_path / 's') == digest(whole)
+  assert slow.complete
+  assert len(slow.samples()) == 7
 
 
 def test_an_unfinished_store_is_not_sealed(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 from lmm_sae.core import grid
 from lmm_sae.core.sources import Split
 from lmm_sae.core.tokens import Kind
-from lmm_sae.lmm import measuring, needs, trial
+from lmm_sae.lmm import estimate, needs, trial
 from lmm_sae.lmm.trial import Counted
 
 
@@ -57,7 +57,7 @@ def test_neighbours_that_are_alike_count_as_one():
   fields = grid.fields((1,), 6, 'bfloat16')
   left = np.arange(960)
   single, neighbours = (
-    measuring.part(job, [one], left, unit, fields, 0) for unit in (1, 8)
+    estimate.part(job, [one], left, unit, fields, 0) for unit in (1, 8)
   )
   assert single.rows.total == pytest.approx(units.sum() * 10)
   assert neighbours.rows.total == pytest.approx(units.sum() * 10)

@@ -12,13 +12,13 @@ token `good`. The protocol is what huggingface_hub 2.4 speaks without Xet.
 import base64
 import contextlib
 import hashlib
-import http.server
 import json
 import os
 import pathlib
 import re
-import threading
 from urllib.parse import unquote, urlsplit
+
+from tests import loopback
 
 TOKEN = 'good'
 
@@ -75,28 +75,16 @@ def serve():
     pass
 
   Handler.hub = hub
-  server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler)
-  hub.url = f'http://127.0.0.1:{server.server_port}'
-  thread = threading.Thread(target=server.serve_forever, daemon=True)
-  thread.start()
-  try:
+  with loopback.serve(Handler) as hub.url:
     yield hub
-  finally:
-    server.shutdown()
-    server.server_close()
-    thread.join()
 
 
 def _sha256(data: bytes) -> str:
   return hashlib.sha256(data).hexdigest()
 
 
-class _Handler(http.server.BaseHTTPRequestHandler):
-  protocol_version = 'HTTP/1.1'
+class _Handler(loopback.Handler):
   hub: Hub
-
-  def log_message(self, *_):
-    pass
 
   def do_GET(self):
     self._answer()

@@ -5,6 +5,7 @@ import dataclasses
 import ml_dtypes
 import numpy as np
 
+from lmm_sae.core import places
 from lmm_sae.core.records import Sample
 from lmm_sae.core.store import ActivationStore, StoreMeta
 from lmm_sae.core.tokens import Kind
@@ -106,6 +107,7 @@ def write_store(
   )
   groups = -(-samples // 16)
   store = ActivationStore.create(path, meta, groups, 192, 64, 8)
+  places.write_json(store.path / 'vocab.json', ['a'])
   length = len(SAMPLE)
   for group in range(groups):
     ids = np.arange(group * 16, min(group * 16 + 16, samples))

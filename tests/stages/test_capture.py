@@ -165,6 +165,17 @@ def test_a_second_run_changes_nothing_and_loads_nothing(
   assert digest(whole) == before
 
 
+def test_a_vocabulary_that_was_dropped_is_written_again(settings, tmp_path):
+  settings.data.limit = 9
+  workdir = Workdir.of(tmp_path / 'run')
+  capture.run(settings, workdir)
+  before = digest(workdir)
+  (workdir.acts('a') / 'vocab.json').delete()
+  capture._opened.cache_clear()  # as in a process of its own
+  capture.run(settings, workdir)
+  assert digest(workdir) == before
+
+
 def test_a_folder_of_images_is_captured_with_a_bare_prompt(
   settings, data, tmp_path
 ):
@@ -240,7 +251,7 @@ def test_other_data_in_the_same_workdir_is_refused(settings, whole):
 
 @pytest.mark.parametrize('done', ['0/2', ''])
 def test_data_that_changed_under_a_capture_are_refused(
-  settings, tmp_path, done
+  settings, tmp_path, capsys, done
 ):
   path = captures.make_data(tmp_path)
   settings.data.path = str(path)
@@ -249,7 +260,13 @@ def test_data_that_changed_under_a_capture_are_refused(
   path.write_text(path.read_text().replace('a red cat', 'a bad cat'))
   settings.capture.share = '1/2'
   if done:
+    capture._opened.cache_clear()  # as in a process of its own
+    capture._capturers.cache_clear()
     refuse(settings, tmp_path / 'run', r'other settings .*config\.content: ')
+    capture.dry_run(settings, Workdir.of(tmp_path / 'run'))
+    told = ' '.join(capsys.readouterr().out.split())
+    assert 'was captured of data that have changed since' in told
+    assert told.endswith('capture cannot start here; missing: store')
   else:  # nothing is owed, so the data need not be there any more
     path.unlink()
     capture.run(settings, Workdir.of(tmp_path / 'run'))

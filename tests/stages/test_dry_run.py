@@ -11,7 +11,7 @@ from experiments import base, llava_next_8b
 from lmm_sae import cli
 from lmm_sae.core import places
 from lmm_sae.core.workdir import Workdir
-from lmm_sae.lmm import measured, measuring, needs
+from lmm_sae.lmm import dry_run, estimate, needs
 from lmm_sae.stages import capture
 from tests.lmm import tiny_llava
 from tests.stages import captures
@@ -40,7 +40,7 @@ def config(model_folder, data):
 
 @pytest.fixture(autouse=True)
 def soon(monkeypatch):
-  monkeypatch.setattr(measuring, 'RUN_S', (0.0, 60.0))
+  monkeypatch.setattr(estimate, 'RUN_S', (0.0, 60.0))
 
 
 @pytest.fixture
@@ -49,15 +49,15 @@ def forecast(monkeypatch, capsys):
 
   def run(config, workdir: pathlib.Path) -> tuple[str, dict]:
     parts = {}
-    count = measuring.count
+    count = estimate.count
 
     def noted(*args):
       parts.update(count(*args))
       return parts
 
-    monkeypatch.setattr(measuring, 'count', noted)
+    monkeypatch.setattr(estimate, 'count', noted)
     capture.dry_run(config, Workdir.of(workdir, config.acts))
-    monkeypatch.setattr(measuring, 'count', count)
+    monkeypatch.setattr(estimate, 'count', count)
     return capsys.readouterr().out, parts
 
   return run
@@ -135,7 +135,7 @@ def test_scenes_are_forecast_with_the_images_that_are_kept(
 def test_a_part_of_the_data_is_told_with_its_spread(
   config, forecast, tmp_path, monkeypatch
 ):
-  monkeypatch.setattr(measuring, 'COUNTED', 12)
+  monkeypatch.setattr(estimate, 'COUNTED', 12)
   out, parts = forecast(config, tmp_path / 'run')
   whole, part = parts['a'], parts['train']
   assert (whole.counted, whole.samples, whole.rows.spread) == (4, 4, 0)
@@ -198,7 +198,7 @@ def test_a_disk_that_is_too_small_is_told_with_what_helps(
   usage = shutil.disk_usage(tmp_path)._replace(free=70_000)
   monkeypatch.setattr(needs.shutil, 'disk_usage', lambda path: usage)
   out, _ = forecast(config, tmp_path / 'run')
-  assert 'it does not fit' in re.sub(r'\s+', ' ', out)
+  assert 'it does not fit' in ' '.join(out.split())  # wherever it is wrapped
   assert '--config.capture.store=int8' in out
   assert out.splitlines()[-1] == 'capture cannot start here; missing: disk'
 
@@ -207,7 +207,7 @@ def test_of_a_bucket_it_is_not_known_what_it_holds(
   config, forecast, tmp_path, monkeypatch
 ):
   config.acts = 's3://bucket/run'
-  monkeypatch.setattr(measured.captured, 'found', lambda *_: {})
+  monkeypatch.setattr(dry_run.captured, 'found', lambda *_: {})
   monkeypatch.setattr(places.Place, 'exists', lambda _: False)
   out, _ = forecast(config, tmp_path / 'run')
   told = 's3://bucket/run: a bucket; how much it may hold is not known'

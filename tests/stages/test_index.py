@@ -15,6 +15,7 @@ from lmm_sae.core import concepts, masks
 from lmm_sae.core.index import LatentIndex
 from lmm_sae.core.store import ActivationStore
 from lmm_sae.sae import exports
+from lmm_sae.sae.baseview import BaseView
 from lmm_sae.stages import index as stage
 from tests import toy
 
@@ -193,3 +194,19 @@ def test_an_empty_split_is_refused(config, tmp_path):
       stage.IndexConfig(**config.index),
       stage.exports.load(workdir.export(toy.LAYER)),
     )
+
+
+def test_images_with_grids_of_their_own_are_refused(config, tmp_path):
+  workdir = toy.make_workdir(tmp_path)
+  file = workdir.acts('a') / 'meta.json'
+  file.write(json.dumps(json.loads(file.read()) | {'grid': [0, 0]}).encode())
+  store = ActivationStore.open(workdir.acts('a'))
+  sae = exports.load(workdir.export(toy.LAYER))
+  for use in (
+    lambda: stage.run(config, workdir),
+    lambda: BaseView(store, toy.LAYER, sae),
+  ):
+    with pytest.raises(
+      ValueError, match='grid of patches depends on the image'
+    ):
+      use()

@@ -6,28 +6,22 @@ workers (`lmm.trial`), as many as the run itself would have.
 
 import collections
 import contextlib
+import dataclasses
 import functools
+import pathlib
 import tempfile
 import time
-from collections.abc import (
-  Callable,
-  Container,
-  Iterable,
-  Iterator,
-  Mapping,
-  Sequence,
-)
-from contextlib import AbstractContextManager
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
 from lmm_sae.core import forecast, grid, workers
-from lmm_sae.core.forecast import Expected
+from lmm_sae.core.forecast import Expected, Pace, Part
 from lmm_sae.core.jobs import Job
 from lmm_sae.core.sources import Split
 from lmm_sae.core.tokens import Kind
 from lmm_sae.lmm import trial
-from lmm_sae.lmm.telling import Pace, Part
+from lmm_sae.lmm.crew import crew, small
 from lmm_sae.lmm.trial import Counted, Draw, Ran, Trial
 
 COUNTED = 4096  # samples of a split that are counted at most
@@ -37,18 +31,43 @@ RUN_S = (3.0, 60.0)  # that captured samples take: at least, at most
 CHUNK_S = 10.0  # about what a task takes of a model that is slow
 CHUNKS = 64  # tasks at most
 
-# crew(tasks, work): (start, count, attempts), as `workers.run` takes them.
-Crew = Callable[[int, Callable], AbstractContextManager]
+
+@dataclasses.dataclass(frozen=True)
+class Trials:
+  """Who counts and captures: the workers that the capture itself would have.
+
+  Attributes:
+    folder: of the model. open: the capturers of a process.
+  """
+
+  job: Job
+  folder: pathlib.Path
+  open: trial.Open
+
+  @contextlib.contextmanager
+  def run(
+    self, what: str, draws: Sequence[Draw], folder: str = ''
+  ) -> Iterator[Iterator]:
+    """What the workers make of the draws, in the order in which they end.
+
+    Args:
+      what: trial.COUNT or trial.RUN. folder: of the stores that a run writes.
+    """
+    made = Trial(self.open, tuple(draws), folder, COUNT_S)
+    tasks = [(what, number) for number in range(len(draws))]
+    work = functools.partial(trial.make, made)
+    with crew(self.job, self.folder, len(tasks), work) as start_count:
+      results = workers.run(tasks, *start_count)
+      with contextlib.closing(results):
+        yield (result for _, result in results)
 
 
 def count(
-  job: Job,
+  trials: Trials,
   splits: Sequence[Split],
   left: Mapping[str, np.ndarray],
   begun: Container[str],
   width: int,
-  open_: trial.Open,
-  crew: Crew,
 ) -> dict[str, Part]:
   """What is left of each split.
 
@@ -57,7 +76,7 @@ def count(
     begun: splits of which a store stands, which has what is in it once.
     width: D.
   """
-  units, draws = {}, []
+  job, units, draws = trials.job, {}, []
   for split in splits:
     drawn = trial.draw(split, left[split.name], COUNTED, job.data.seed)
     # In no order, so that those that there is no time for are none in special.
@@ -68,7 +87,7 @@ def count(
       if some:
         draws.append(Draw(name, tuple(some)))
   found: dict[str, list[Counted]] = collections.defaultdict(list)
-  with _doing(trial.COUNT, draws, '', open_, crew) as done:
+  with trials.run(trial.COUNT, draws) as done:
     for each in done:
       found[each.split].append(each)
   vocab = max(each.vocab for some in found.values() for each in some)
@@ -85,19 +104,6 @@ def count(
     )
     for name, each in found.items()
   }
-
-
-@contextlib.contextmanager
-def _doing(
-  what: str, draws: Sequence[Draw], folder: str, open_: trial.Open, crew: Crew
-) -> Iterator[Iterator]:
-  """What the workers make of the draws, in the order in which they end."""
-  made = Trial(open_, tuple(draws), folder, COUNT_S)
-  tasks = [(what, number) for number in range(len(draws))]
-  with crew(len(tasks), functools.partial(trial.make, made)) as start_count:
-    results = workers.run(tasks, *start_count)
-    with contextlib.closing(results):
-      yield (result for _, result in results)
 
 
 def part(
@@ -173,28 +179,21 @@ def _named(values_SK: np.ndarray, expected) -> dict[str, Expected]:
 
 
 def pace(
-  job: Job,
-  split: Split,
-  left: np.ndarray,
-  least: int,
-  small: bool,
-  processes: int,
-  open_: trial.Open,
-  crew: Crew,
+  trials: Trials, split: Split, left: np.ndarray, least: int, processes: int
 ) -> Pace:
   """How fast samples of a split are captured; what is written is thrown away.
 
   Args:
     left: samples that are drawn from. least: samples to capture, if there is
-      time.
-    small: whether a group takes seconds at most. processes: of the run.
+      time. processes: of the run.
   """
+  job = trials.job
   order = np.random.default_rng(job.data.seed + 1).permutation(left)
   chunk = min(job.capture.group, len(order))
   with tempfile.TemporaryDirectory(prefix='lmm_sae_trial_') as folder:
-    if not small:
+    if not small(job, trials.folder):  # a group may take long
       ones = [Draw(split.name, (int(at),)) for at in order[:2]]
-      with _doing(trial.RUN, ones, f'{folder}/one', open_, crew) as done:
+      with trials.run(trial.RUN, ones, f'{folder}/one') as done:
         ran = list(done)
       alone = ran[-1].end - ran[-1].begin
       if alone > RUN_S[1] / 2 or len(order) < 4:
@@ -209,7 +208,7 @@ def pace(
       for at in range(0, min(len(rest), CHUNKS * chunk), chunk)
     ]
     results: list[Ran] = []
-    with _doing(trial.RUN, draws, f'{folder}/more', open_, crew) as done:
+    with trials.run(trial.RUN, draws, f'{folder}/more') as done:
       begin = time.monotonic()
       for each in done:
         if not results:

@@ -1,4 +1,4 @@
-"""A forecast of a capture in words, where something is missing."""
+"""The lines that a dry run of capture prints: (topic, text) pairs."""
 
 import dataclasses
 import functools
@@ -7,8 +7,8 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from lmm_sae.core import forecast
-from lmm_sae.core.forecast import Expected, size
+from lmm_sae.core import captured, forecast
+from lmm_sae.core.forecast import Expected, Pace, Part, size, span
 from lmm_sae.core.jobs import DEPTH, Job
 from lmm_sae.core.sources import SPLITS, DataConfig, Split
 from lmm_sae.core.tokens import Kind
@@ -36,64 +36,16 @@ class Guess:
 
 
 @dataclasses.dataclass(frozen=True)
-class Tools:
-  """What the capture stage does the work with; see `lmm.measuring`.
+class Stage:
+  """How the capture stage opens things.
 
   Attributes:
     open_splits: the splits of a data section.
     capturers: those of a process, by split.
-    crew: crew(job, folder, tasks, work): the workers of a run.
-    small: whether a model is one that each core has a copy of.
   """
 
   open_splits: Callable[[DataConfig], list[Split]]
   capturers: Callable[[Job], Mapping[str, Any]]
-  crew: Callable[..., Any]
-  small: Callable[[Job, pathlib.Path], bool]
-
-
-@dataclasses.dataclass(frozen=True)
-class Part:
-  """What is expected of the samples of a split that are left.
-
-  Attributes:
-    samples: how many are left; counted: how many were looked at.
-    seen, kept: tokens, and rows that are stored, by the name of their kind.
-    rejected: samples; reasons: of those that were found.
-    rows: that are stored. bytes: that they take on a disk.
-    read_s: seconds to read and tokenise a sample.
-  """
-
-  samples: int
-  counted: int
-  seen: Mapping[str, Expected]
-  kept: Mapping[str, Expected]
-  rejected: Expected
-  reasons: tuple[str, ...]
-  rows: Expected
-  bytes: Expected
-  read_s: float
-
-
-@dataclasses.dataclass(frozen=True)
-class Pace:
-  """How fast samples of the train split were captured.
-
-  Attributes:
-    workers: that captured at once. samples: all of theirs.
-    chunk: samples in a task, which a group of more stands for.
-    sample_s: seconds a sample, of all workers together.
-    pixels_s, forward_s, write_s: seconds a sample in one worker; what makes the
-      pixels runs beside the model.
-  """
-
-  workers: int
-  samples: int
-  chunk: int
-  sample_s: float
-  pixels_s: float
-  forward_s: float
-  write_s: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,7 +117,7 @@ def guessed(job: Job, guess: Guess, here: Here) -> Told:
     one = forecast.row_bytes(here.width, len(job.lmm.layers), opts.store)
     sizes = {name: each.times(one) for name, each in rows.items()}
     bytes_ = sum(each.total for each in sizes.values())
-    lines += store_lines(job, here.width, rows, sizes)
+    lines += store(job, here.width, rows, sizes)
   lines.append(
     ('hours', 'measured where the model and the data are, on a few samples')
   )
@@ -173,7 +125,7 @@ def guessed(job: Job, guess: Guess, here: Here) -> Told:
   return Told(lines, bytes_, mean or None)
 
 
-def store_lines(
+def store(
   job: Job,
   width: int,
   rows: Mapping[str, Expected],
@@ -197,6 +149,81 @@ def store_lines(
     ('', f'{name:<6} {_size(sizes[name])}, {number(rows[name])} rows')
     for name in sizes
   ]
+  return lines
+
+
+def tokens(parts: Mapping[str, Part]) -> list[Line]:
+  """Tokens by kind: what the model sees of them, and what is stored."""
+  looked = {name: part.counted for name, part in parts.items()}
+  seen = {name: summed(part.seen) for name, part in parts.items()}
+  samples = sum(part.samples for part in parts.values())
+  total = summed(seen)
+  lines = [
+    (
+      'tokens',
+      f'{number(total)}, {total.total / samples:,.1f} a sample; counted: '
+      f'{by_split(looked)} samples',
+    )
+  ]
+  for name, part in parts.items():
+    lines.append(('', f'{name:<10}{"tokens":>20}{"rows kept":>20}'))
+    for kind, seen_ in part.seen.items():
+      kept = part.kept.get(kind, Expected(0.0))
+      lines.append(('', f'  {kind:<8}{number(seen_):>20}{number(kept):>20}'))
+  return lines
+
+
+def rejects(parts: Mapping[str, Part]) -> list[Line]:
+  """Samples that cannot be captured, and why."""
+  reasons = [reason for part in parts.values() for reason in part.reasons]
+  counted = sum(part.counted for part in parts.values())
+  if not reasons:
+    return [('rejects', f'none of the {counted:,} samples counted')]
+  expected = summed({name: part.rejected for name, part in parts.items()})
+  return [
+    ('rejects', f'{number(expected)}; {len(reasons)} of {counted:,} counted:'),
+    *(('', f'  {reason}') for reason in captured.common(reasons)),
+  ]
+
+
+def time(
+  job: Job,
+  guess: Guess,
+  here: Here,
+  parts: Mapping[str, Part],
+  pace: Pace,
+  first: str,
+) -> list[Line]:
+  """A group, and all that is left of this command's share."""
+  group, (_, shares) = job.capture.group, job.capture.part
+  seconds = 0.0
+  for part in parts.values():
+    more = max(0.0, part.read_s - parts[first].read_s)  # images that are kept
+    seconds += part.samples * (pace.sample_s + more / pace.workers)
+  threads = f'{pace.workers} process{"es" if pace.workers > 1 else ""}'
+  one = pace.workers * pace.sample_s
+  lines = [
+    (
+      'a group',
+      f'{group * one:.3g} s in one of {threads}: reading '
+      f'{group * parts[first].read_s:.3g}, pixels {group * pace.pixels_s:.3g}, '
+      f'forward {group * pace.forward_s:.3g}, '
+      f'writing {group * pace.write_s:.3g} s (some at the same time)',
+    ),
+    (
+      '',
+      f'measured on {pace.samples:,} samples of {first}, {pace.chunk} at '
+      'a time',
+    ),
+    ('hours', f'{span(seconds / shares)} on this machine, by {threads}'),
+  ]
+  if shares > 1:
+    lines.append(('', f'for capture.share={job.capture.share}, all like it'))
+  if guess.devices > 1:
+    alike = seconds * pace.workers / guess.devices
+    lines.append(
+      ('', f'{span(alike)} on plan.devices={guess.devices} like one of these')
+    )
   return lines
 
 
