@@ -7,8 +7,7 @@ a page cache that was dropped:
 
   sequential  the files of the layer, one after the other, in large pieces, as
               fast as the disk and the kernel's readahead give them
-  blocks      `sae.data.Rows.read` of every block, in shuffled order, one at a
-              time
+  blocks      `ActivationStore.read_many` of every block, in shuffled order
   trainer     `sae.data.batches`, as a training step asks for them: shares that
               read in threads of their own, pools whose rows are mixed, arrays
               on the device; until every block was read once
@@ -31,7 +30,7 @@ import ml_dtypes
 import numpy as np
 
 from benchmarks import machine, worker
-from lmm_sae.core import forecast, grid
+from lmm_sae.core import forecast, grid, host
 from lmm_sae.core.grid import TOKENS
 from lmm_sae.core.store import ActivationStore, StoreMeta
 from lmm_sae.core.tokens import Kind
@@ -58,6 +57,7 @@ class Counted(data.Rows):
 
 def main() -> None:
   args = _arguments()
+  host.keep_freed_memory()  # as the stage `train` does
   found = {
     **machine.facts(),
     'versions': worker.versions(),
@@ -234,9 +234,9 @@ def sequential(files: list[pathlib.Path]) -> None:
 
 
 def blocks(rows: data.Rows) -> None:
-  """Every block once, one at a time, in shuffled order."""
-  for block in np.random.default_rng(1).permutation(rows.blocks):
-    rows.read(int(block))
+  """Every block once, in shuffled order."""
+  for _ in rows.read_many(np.random.default_rng(1).permutation(rows.blocks)):
+    pass
 
 
 def trainer(rows: Counted, shares: int, pool_blocks: int) -> None:

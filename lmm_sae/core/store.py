@@ -46,7 +46,7 @@ from lmm_sae.core.store_arrays import Arrays
 from lmm_sae.core.store_commits import Commits
 from lmm_sae.core.store_meta import StoreMeta
 
-AHEAD = 4  # spans that are read at a time
+AHEAD = 8  # spans that are read at a time
 
 
 class ActivationStore:
