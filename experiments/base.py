@@ -131,6 +131,14 @@ def get_config() -> ConfigDict:
         'context': 12,  # tokens shown on either side of a text exemplar
         'threshold': 1e-5,  # activation above which a patch is active (paper)
         'always_on': 0.5,  # share of samples above which a latent is always on
+        'spread': 10,  # exemplars kept a latent, drawn over its quantiles
+        'seed': 0,  # of that draw
+        'memory_mb': 2048,  # that a process may hold beside the SAE
+        'processes': 0,  # that make parts; 0: one a core
+        'share': '',  # i/n: this command makes parts i, i + n, ...; '': all
+        'dictionaries': (),  # indexed beside the SAE: untrained, neurons
+        'latent': -1,  # print what is known of this latent, and end
+        'sample': -1,  # print what this sample fires, and end
       },
       'explain': {
         'base_url': '',  # OpenAI-compatible server; '': one is started
@@ -140,6 +148,14 @@ def get_config() -> ConfigDict:
         'latents': (),  # latents to explain; (): all alive
         'limit': 0,  # at most so many; 0: no limit
         'exemplars': 5,  # images in one message (paper: 5)
+        'refine_url': '',  # server that shortens answers; '': base_url
+        'refine_model': '',  # its model; '': the explainer
+        'category_url': '',  # server that names categories; '': base_url
+        'category_model': '',  # its model; '': the explainer
+        'dictionaries': (),  # explained beside the SAE: untrained, neurons
+        'dictionary_limit': 64,  # latents of each of them, drawn by seed
+        'price_in': 0.0,  # of 10^6 tokens of prompts, in any currency
+        'price_out': 0.0,  # of 10^6 tokens of answers
         'split': 'b',  # half whose exemplars are shown
         'pixels': 64,  # longer side of an image that is sent; 0: as it is
         'mask': 'exact',  # mask style: exact (nearest) or paper (bilinear)
@@ -156,7 +172,21 @@ def get_config() -> ConfigDict:
         'grounder': 'clip',  # clip (packaged), dino (DINO + SAM), clipseg
         'grounder_path': '',  # model folder(s), comma separated; '': packaged
         'clip_path': '',  # CLIP folder; '': the packaged one
+        'judge_url': '',  # OpenAI-compatible server that judges; '': none does
+        'judge_model': '',  # its model
+        'second_url': '',  # of a second judge; '': judge_url
+        'second_model': '',  # its model; '': there is no second judge
+        'judged': 64,  # latents a judge is asked about, drawn by seed; 0: all
+        'cases': 10,  # questions a latent and task: half of them true
+        'concurrency': 4,  # requests of a judge under way at once
         'bootstrap': 1000,  # resamples of a confidence interval
+      },
+      'label': {
+        'rater': '',  # who answers in the browser
+        'host': '127.0.0.1',  # where the page is served
+        'port': 0,  # 0: a free one, printed
+        'latents': 32,  # shown to every rater, the same ones
+        'images': 5,  # a latent
       },
       'steer': {
         'latents': (),  # latents to steer; (): best per concept, or explained

@@ -135,6 +135,11 @@ class Exemplar:
   strength: float
 
 
+# What is explained beside the SAE, as baselines: the same SAE as it was before
+# its first step, and the residual stream's own neurons, both signs of each.
+DICTIONARIES = ('untrained', 'neurons')
+
+
 @dataclasses.dataclass(frozen=True)
 class Explanation:
   """What an explainer said of one latent.
@@ -145,6 +150,7 @@ class Explanation:
     text: the explainer's answer; label: the refiner's short form; category: one
       of the Network Dissection kinds.
     explainer: name of the model that answered.
+    dictionary: whose latent it is: '' the SAE's, else one of `DICTIONARIES`.
   """
 
   layer: int
@@ -155,6 +161,7 @@ class Explanation:
   label: str
   category: str
   explainer: str
+  dictionary: str = ''
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,6 +173,7 @@ class Score:
     baseline: '' for the explanation itself, else `random` (random images) or
       `shuffled` (another latent's label on these images).
     value: mean over n images.
+    dictionary: as in `Explanation`.
   """
 
   layer: int
@@ -175,6 +183,7 @@ class Score:
   value: float
   n: int
   explainer: str = ''
+  dictionary: str = ''
 
 
 @dataclasses.dataclass(frozen=True)

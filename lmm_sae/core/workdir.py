@@ -33,8 +33,9 @@ class Workdir:
   def export(self, layer: int) -> pathlib.Path:
     return self.sae(layer) / 'export'
 
-  def index(self, layer: int, split: str) -> pathlib.Path:
-    return self.root / 'index' / str(layer) / split
+  def index(self, layer: int, split: str, dictionary: str = '') -> pathlib.Path:
+    """The index of the SAE, or of one of `records.DICTIONARIES`."""
+    return self.root / 'index' / str(layer) / dictionary / split
 
   def file(self, name: str) -> pathlib.Path:
     return self.root / name
