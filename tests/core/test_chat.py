@@ -21,6 +21,11 @@ def client(server: FakeChat, tmp_path, **more) -> ChatClient:
   return ChatClient(server.url, 'tiny', **options)
 
 
+def used(tmp_path) -> dict:
+  total = json.loads((tmp_path / 'usage.json').read_text())
+  return total['used']['explainer']['tiny']
+
+
 def test_images_come_in_order_and_numbered_before_the_text(server, tmp_path):
   images = [Image.new('RGB', (3, 2), colour) for colour in ('red', 'blue')]
   with client(server, tmp_path) as chat:
@@ -47,14 +52,12 @@ def test_an_answer_is_asked_for_once_and_tokens_are_counted(server, tmp_path):
     with client(server, tmp_path) as chat:
       assert chat.ask('one').text == 'you said: one'
   assert len(server.requests) == 1
-  usage = json.loads((tmp_path / 'usage.json').read_text())
-  assert usage == {
-    'tiny': {
-      'requests': 1,
-      'cached': 1,
-      'prompt_tokens': 7,
-      'completion_tokens': 3,
-    }
+  assert used(tmp_path) == {
+    'requests': 1,
+    'cached': 1,
+    'prompt_tokens': 7,
+    'completion_tokens': 3,
+    'cost': 0.0,
   }
 
 
@@ -75,9 +78,8 @@ def test_a_server_that_stays_at_fault_is_a_failure_of_that_request(
     with pytest.raises(ChatError, match='3 attempts failed'):
       chat.ask('one')
     assert chat.ask('one').text == 'you said: one'  # a failure is not kept
-  assert (
-    json.loads((tmp_path / 'usage.json').read_text())['tiny']['failed'] == 1
-  )
+  assert used(tmp_path)['failed'] == 1
+  assert sum(used(tmp_path)['faults'].values()) == 3
 
 
 def test_a_refused_request_is_not_tried_again(server, tmp_path):
