@@ -232,11 +232,13 @@ class Explainer:
 
   def _masked(self, latent: int, exemplar: ImageExemplar) -> Image.Image:
     """As the explainer sees an exemplar: what the mask leaves bright."""
-    if self.opts.mask == 'paper':
-      active_HW = exemplar.heat_HW >= self._index.meta.threshold
-    else:
-      peak = float(self._index.stats['peak_base'][latent])
-      active_HW = masks.lit(exemplar.heat_HW, peak, self.opts.threshold)
+    active_HW = masks.bright(
+      exemplar.heat_HW,
+      self.opts.mask,
+      peak=float(self._index.stats['peak_base'][latent]),
+      share=self.opts.threshold,
+      level=self._index.meta.threshold,
+    )
     return masks.masked(self._small(exemplar.sample), active_HW, self.opts.mask)
 
 

@@ -28,6 +28,22 @@ def lit(heat_HW: np.ndarray, peak: float, threshold: float) -> np.ndarray:
   return (heat_HW >= level) & (heat_HW > 0)
 
 
+def bright(
+  heat_HW: np.ndarray,
+  style: str,
+  *,
+  peak: float,
+  share: float,
+  level: float,
+) -> np.ndarray:
+  """Patches that an explainer sees bright, boolean: `exact` those of at least
+  `share` of the peak (`lit`), `paper` all of at least `level`, as in the paper.
+  """
+  if style == 'paper':
+    return heat_HW >= level
+  return lit(heat_HW, peak, share)
+
+
 def upsample(
   active_HW: np.ndarray, size: tuple[int, int], style: str
 ) -> np.ndarray:

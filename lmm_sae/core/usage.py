@@ -100,10 +100,10 @@ class Usage:
   def _sum(self) -> None:
     total = read(self._path)
     _add(total, self._ledger)
-    mine = total['used'].get(self._role, {}).get(self._model)
-    if mine is None:
+    if not total['used']:
       return
-    if any(self._prices):
+    mine = total['used'].get(self._role, {}).get(self._model)
+    if mine is not None and any(self._prices):
       mine['prices'] = list(self._prices)
     for models in total['used'].values():
       for entry in models.values():
