@@ -244,12 +244,12 @@ class ChatClient:
     why = f'status {response.status_code}: {said}'
     if response.status_code in KNOWN_NOT:
       raise ValueError(self._refused(place, why))
-    bad = 400 <= response.status_code < 500
+    refused = response.is_client_error and response.status_code not in AGAIN
     raise ChatError(
-      f'the server refuses: {why}' if bad else why,
+      f'the server refuses: {why}' if refused else why,
       str(response.status_code),
       rest_s=completions.rest_s(response.headers),
-      refused=bad and response.status_code not in AGAIN,
+      refused=refused,
     )
 
   def _refuse(self, place: int, error: ChatError) -> None:
