@@ -123,7 +123,7 @@ class ChatClient:
     self._refusals = 0
     self._locks = [threading.Lock() for _ in range(LOCKS)]
     self._stop = threading.Event()
-    self._fatal: Exception | None = None
+    self._fatal: ConnectionError | ValueError | None = None
 
   def __enter__(self) -> 'ChatClient':
     return self
@@ -133,12 +133,17 @@ class ChatClient:
     for client in self._clients.values():
       client.close()
 
+  def stop(self, why: ConnectionError | ValueError) -> None:
+    """Nothing is asked any more, nor waited for: `ask` raises `why`."""
+    self._fatal = self._fatal or why
+    self._stop.set()
+
   def ask(self, text: str, images: Sequence[Image.Image] = ()) -> Answer:
     """The answer to one user message of images, in order, and text.
 
     Raises:
       ChatError: every attempt failed, or the server refuses this request.
-      ConnectionError: nobody listens at the URL.
+      ConnectionError: nobody listens at the URL, or the client was stopped.
       ValueError: the server knows no such model, or wants another key.
     """
     request = {
@@ -161,8 +166,7 @@ class ChatClient:
         self._usage.add(failed=1)
         raise
       except (ConnectionError, ValueError) as error:
-        self._fatal = error
-        self._stop.set()  # those who wait for another attempt need not
+        self.stop(error)
         raise
       # Counted first: who is killed in between pays for the answer again.
       self._usage.add(requests=1, **_counts(tokens))
@@ -181,7 +185,7 @@ class ChatClient:
           f'{self._urls[place]} asks to be left alone for {pause_s:.0f} s: run '
           'this again then; answers had so far are kept'
         )
-      if pause_s > 0 and self._stop.wait(pause_s):
+      if self._stop.wait(pause_s):
         raise type(self._fatal)(str(self._fatal)) from self._fatal
       tries[place] += 1
       gone.discard(place)
