@@ -15,7 +15,7 @@ from lmm_sae.stages import explain as stage
 from tests.chaos_chat import TOKENS, Chaos
 from tests.fake_chat import text_of
 
-LATENTS, IMAGES, LAYER = 130, 40, 3
+LATENTS, IMAGES, LAYER = 120, 40, 3
 
 
 class Meta:
