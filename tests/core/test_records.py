@@ -7,7 +7,7 @@ import pytest
 
 from lmm_sae.core import records
 from lmm_sae.core.records import Picture, Sample, Turn
-from lmm_sae.core.store_meta import StoreMeta
+from tests.core.store_cases import META
 
 SAMPLE = Sample(
   sample=3,
@@ -24,19 +24,6 @@ SAMPLE = Sample(
   tokens=11,
   grid=(2, 3),
   more=(Picture('b.png', 1, 2),),
-)
-META = StoreMeta(
-  split='a',
-  model='small',
-  fingerprint='f',
-  layers=(1, 4),
-  layer_paths={'1': 'model.layers', '4': 'model.layers'},
-  width=8,
-  grid=(2, 3),
-  image_backend='Pixels',
-  mixed=False,
-  dtype='int8',
-  config={'data': {'limit': 0, 'keep': ['all', 'bos']}},
 )
 
 
