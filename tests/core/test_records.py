@@ -1,7 +1,9 @@
 """Records as JSON."""
 
 import dataclasses
+import errno
 import json
+import pathlib
 
 import pytest
 
@@ -37,3 +39,17 @@ def test_json_has_every_field_as_dataclasses_give_them(record):
 def test_a_sample_comes_back_from_json():
   line = json.loads(json.dumps(records.to_json(SAMPLE)))
   assert records.from_json(Sample, line) == SAMPLE
+
+
+def test_a_full_disk_names_the_file_and_leaves_the_old_one(
+  tmp_path, monkeypatch
+):
+  records.write_json(tmp_path / 'a.json', {'old': 1})
+
+  def full(path, text):
+    raise OSError(errno.ENOSPC, 'No space left on device')
+
+  monkeypatch.setattr(pathlib.Path, 'write_text', full)
+  with pytest.raises(OSError, match=r'No space .*a\.json\.part'):
+    records.write_json(tmp_path / 'a.json', {'new': 2})
+  assert json.loads((tmp_path / 'a.json').read_text()) == {'old': 1}
