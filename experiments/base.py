@@ -178,6 +178,7 @@ def get_config() -> ConfigDict:
         'second_model': '',  # its model; '': there is no second judge
         'judged': 64,  # latents a judge is asked about, drawn by seed; 0: all
         'cases': 10,  # questions a latent and task: half of them true
+        'fuzz': 'fuzz',  # is it lit? fuzz: asked; visible: it says what is lit
         'concurrency': 4,  # requests of a judge under way at once
         'bootstrap': 1000,  # resamples of a confidence interval
       },
