@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from lmm_sae.core import grounded, judging, records, truth
+from lmm_sae.core import explaining, grounded, judging, records, truth
 from lmm_sae.core.grounded import Bench
 from lmm_sae.core.judging import CALIBRATION, Judgement, Trial
 from lmm_sae.core.records import Explanation, Score
@@ -53,30 +53,28 @@ def trials(
 ) -> Iterator[Trial]:
   """The questions about one explainer's labels, by latent.
 
-  A latent that fires on images is judged by them, the others by texts.
+  A latent that was explained from texts is judged by them.
   """
   layer, index = bench.index.meta.layer, bench.index
   by_latent = {
     e.latent: e for e in explained if e.outcome == 'explained' and e.label
   }
-  pictured = [m for m in sorted(by_latent) if index.exemplars(m)]
-  worded = [
-    m for m in sorted(by_latent) if m not in set(pictured) and index.texts(m)
-  ]
+  worded = {m for m in by_latent if explaining.from_text(index, m)}
+  pictured = sorted(set(by_latent) - worded)
   stats = index.stats
   alive = ~stats['dead'] & ~stats['always_on']
   on_images = np.flatnonzero(alive & (stats['images_fired'] > 0)).tolist()
   on_texts = np.flatnonzero(alive & (stats['samples_fired'] > 0)).tolist()
   other = {
     **grounded.others(pictured, bench.seed, layer),
-    **grounded.others(worded, bench.seed, layer),
+    **grounded.others(sorted(worded), bench.seed, layer),
   }
-  for m in drawn(pictured + worded, index.num_latents, plan.judged, bench.seed,
+  for m in drawn(by_latent, index.num_latents, plan.judged, bench.seed,
                  layer):  # fmt: skip
     one = by_latent[m]
     rng = rng_of(bench.seed, layer, m)
-    if m in set(pictured):
-      source = OfLatent(bench, m, plan.seen, on_images, rng)
+    if m not in worded:
+      source = OfLatent(bench, m, plan.seen, on_images, plan.style.mask, rng)
       asker = Asker(plan.style, bench.image, source, rng)
       tasks = judging.PICTURE_TASKS
     else:

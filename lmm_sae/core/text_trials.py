@@ -29,13 +29,16 @@ class Marked(NamedTuple):
 
   @property
   def plain(self) -> str:
-    return ''.join(self.tokens).strip()
+    return ' '.join(''.join(self.tokens).split('\n')).strip()
 
   @property
   def text(self) -> str:
-    """The text with << >> about runs of marked tokens."""
+    """The text on one line, with << >> about runs of marked tokens alone."""
     parts, open_ = [], False
     for token, mark in zip(self.tokens, self.marks, strict=True):
+      token = ' '.join(
+        token.replace('<<', '< <').replace('>>', '> >').split('\n')
+      )
       if mark != open_:
         bare = token.lstrip() if mark else token
         space = token[: len(token) - len(bare)]
@@ -143,7 +146,11 @@ class OfWord:
     return self._firing
 
   def silent(self, count: int) -> list[str]:
-    return [''.join(tokens).strip() for tokens in self._lacking[:count]]
+    bare = (False,) * max(map(len, self._lacking), default=0)
+    return [
+      Marked(tokens, bare[: len(tokens)]).plain
+      for tokens in self._lacking[:count]
+    ]
 
   def odd(self) -> Marked | None:
     if not self._lacking:

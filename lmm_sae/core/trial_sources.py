@@ -26,6 +26,7 @@ class OfLatent:
   Args:
     seen: how many of the strongest exemplars an explainer was shown.
     others: latents that fire on images and may be intruders.
+    mask: style in which pictures are shown.
   """
 
   def __init__(
@@ -34,9 +35,11 @@ class OfLatent:
     latent: int,
     seen: int,
     others: Sequence[int],
+    mask: str,
     rng: Rng,
   ):
     self._bench, self._latent, self._others = bench, latent, others
+    self._mask = mask
     self._rng = rng
     self._odd = rng('odd')
     strongest = bench.index.exemplars(latent)
@@ -68,8 +71,14 @@ class OfLatent:
     return None
 
   def _lit(self, latent: int, one: ImageExemplar) -> Lit:
-    peak = float(self._bench.index.stats['peak_base'][latent])
-    lit_HW = masks.lit(one.heat_HW, peak, self._bench.lit)
+    index = self._bench.index
+    lit_HW = masks.bright(
+      one.heat_HW,
+      self._mask,
+      peak=float(index.stats['peak_base'][latent]),
+      share=self._bench.lit,
+      level=index.meta.threshold,
+    )
     return Lit(one.sample, lit_HW, one.heat_HW > 0)
 
 

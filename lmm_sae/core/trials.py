@@ -23,6 +23,7 @@ from lmm_sae.core import concepts, masks, prompts
 YES, NO = 'yes', 'no'
 FUZZ = ('fuzz', 'visible')  # prompts of fuzzing
 OVERLAP = 0.25  # of a moved mask, on what the true one may show
+_THOUGHT = re.compile(r'<think>.*?(</think>|\Z)', re.DOTALL)
 FILLERS = frozenset(('a', 'an', 'the', 'of', 'and', 'with', 'in', 'on'))
 
 
@@ -46,17 +47,29 @@ class Question:
 
 
 def read(question: Question, answer: str) -> str:
-  """What an answer comes down to, as in `expected`; '' if to nothing."""
+  """What an answer comes down to, as in `expected`; '' if to nothing.
+
+  An answer may give its reasons after a word or number; where it has several
+  and starts with none, it says nothing. What a model thinks aloud, in <think>
+  tags, is no part of it.
+  """
+  answer = _THOUGHT.sub('', answer).strip()
   if question.reader == 'names':
-    if not answer.strip():
+    if not answer:
       return ''
     return YES if names(answer, question.label) else NO
+  words = re.findall(r'\w+', answer.lower())
   if question.reader == 'yes_no':
-    said = set(re.findall(r'\b(?:yes|no)\b', answer.lower()))
-    return said.pop() if len(said) == 1 else ''
-  found = re.findall(r'\d+', answer)
-  said = set(found) & {str(i + 1) for i in range(question.choices)}
-  return said.pop() if len(said) == 1 and len(set(found)) == 1 else ''
+    valid = {YES, NO}
+  else:
+    valid = {str(i + 1) for i in range(question.choices)}
+    words = [word for word in words if word.isdigit()] or words
+  if words and words[0] in valid:
+    first = re.match(r'\W*\w+', answer)[0]
+    if first.lower().endswith(words[0]):
+      return words[0]
+  said = {word for word in words if word in valid or word.isdigit()}
+  return said.pop() if len(said) == 1 and said <= valid else ''
 
 
 def names(answer: str, label: str) -> bool:
@@ -210,10 +223,7 @@ class Asker:
     return masks.shrink(self._image(sample), self._style.pixels)
 
   def _dimmed(self, sample: int, lit_HW: np.ndarray) -> Image.Image:
-    image = self._small(sample)
-    return masks.dim(
-      image, masks.upsample(lit_HW, image.size, self._style.mask)
-    )
+    return masks.masked(self._small(sample), lit_HW, self._style.mask)
 
 
 def moved(

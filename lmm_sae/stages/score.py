@@ -43,7 +43,15 @@ from collections.abc import Sequence
 from absl import logging
 from ml_collections import ConfigDict
 
-from lmm_sae.core import concepts, grounded, judged, judging, records, stats
+from lmm_sae.core import (
+  concepts,
+  explaining,
+  grounded,
+  judged,
+  judging,
+  records,
+  stats,
+)
 from lmm_sae.core import trials as trials_lib
 from lmm_sae.core.chat import ChatClient
 from lmm_sae.core.drawn import Drawn
@@ -112,10 +120,13 @@ class Chats:
   timeout_s: float
   retries: int
 
-  def open(self, url: str, model: str, workdir: Workdir) -> ChatClient:
+  def open(
+    self, role: str, url: str, model: str, workdir: Workdir
+  ) -> ChatClient:
     return ChatClient(
       url,
       model,
+      role=role,
       cache=workdir.file('cache') / 'chat',
       usage=workdir.file('usage.json'),
       **dataclasses.asdict(self),
@@ -237,12 +248,16 @@ def judge(
   Raises:
     ConnectionError: a judge is gone; what it said is kept.
   """
-  first, second = opts.judge_model, opts.second_model
+  first = explaining.short_name(opts.judge_model)
+  second = explaining.short_name(opts.second_model) if opts.second_model else ''
   lines: list[judging.Judgement] = []
-  for name, url in ((first, opts.judge_url), (second, opts.second_url)):
-    if not name:
-      continue
-    with chats.open(url or opts.judge_url, name, workdir) as chat:
+  roles = [('judge', opts.judge_url, opts.judge_model)]
+  if second:
+    url = opts.second_url or opts.judge_url
+    roles.append(('second', url, opts.second_model))
+  for role, url, model in roles:
+    name = explaining.short_name(model)
+    with chats.open(role, url, model, workdir) as chat:
       wanted = functools.partial(
         judging.answers, chat, threads=opts.concurrency
       )
