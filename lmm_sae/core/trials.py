@@ -24,7 +24,15 @@ YES, NO = 'yes', 'no'
 FUZZ = ('fuzz', 'visible')  # prompts of fuzzing
 OVERLAP = 0.25  # of a moved mask, on what the true one may show
 _THOUGHT = re.compile(r'<think>.*?(</think>|\Z)', re.DOTALL)
-FILLERS = frozenset(('a', 'an', 'the', 'of', 'and', 'with', 'in', 'on'))
+# Words of a label that hold of anything, or of nothing.
+FILLERS = frozenset(
+  (
+    *('a', 'an', 'the', 'of', 'and', 'with', 'in', 'on'),
+    *('thing', 'things', 'object', 'objects', 'something'),
+    *('region', 'regions', 'area', 'areas'),
+    *('picture', 'pictures', 'image', 'images'),
+  )
+)
 
 
 @dataclasses.dataclass(frozen=True)
