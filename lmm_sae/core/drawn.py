@@ -1,5 +1,7 @@
 """What `LatentIndex` is about to draw itself, until it does."""
 
+import pathlib
+
 import numpy as np
 
 from lmm_sae.core.index import LatentIndex
@@ -26,3 +28,8 @@ class Drawn(LatentIndex):
       samples = np.array([one.sample for one in self.texts(latent)], int)
       return samples, *found[1:]
     return found
+
+
+def open_index(path: pathlib.Path) -> LatentIndex:
+  own = hasattr(LatentIndex, 'silent')
+  return LatentIndex.open(path) if own else Drawn.open(path)

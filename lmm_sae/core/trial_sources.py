@@ -65,10 +65,17 @@ class OfLatent:
       if other == self._latent or not found:
         continue
       one = self._lit(other, found[int(self._odd.integers(len(found)))])
-      heat_HW = self._bench.view.heat(one.sample, self._latent)
-      if (heat_HW[one.lit_HW] > 0).mean() <= AMID:
+      if not self._fires_amid(one):
         return one
     return None
+
+  def _fires_amid(self, one: Lit) -> bool:
+    """Whether the latent, too, fires on most of what is lit."""
+    fires, _ = self._bench.index.sample(one.sample)
+    if self._latent not in fires:  # told without encoding the sample
+      return False
+    heat_HW = self._bench.view.heat(one.sample, self._latent)
+    return (heat_HW[one.lit_HW] > 0).mean() > AMID
 
   def _lit(self, latent: int, one: ImageExemplar) -> Lit:
     index = self._bench.index

@@ -54,7 +54,7 @@ from lmm_sae.core import (
 )
 from lmm_sae.core import trials as trials_lib
 from lmm_sae.core.chat import ChatClient
-from lmm_sae.core.drawn import Drawn
+from lmm_sae.core.drawn import open_index
 from lmm_sae.core.grounded import Bench, short
 from lmm_sae.core.records import Explanation, Score
 from lmm_sae.core.remote import SubjectClient
@@ -185,20 +185,25 @@ def _bench(config, opts, workdir, layer, dictionary, client) -> Bench:
   index = workdir.index(layer, split, dictionary)
   workdir.require(index / 'meta.json', 'index')
   workdir.require(workdir.export(layer), 'train')
-  if dictionary:
-    from lmm_sae.sae import dictionaries
-
-    sae = dictionaries.load(workdir, layer, dictionary, config.seed)
-  else:
-    sae = exports.load(workdir.export(layer))
+  sae = _sae(workdir, layer, dictionary, config.seed)
   return Bench(
     grounded.Settings(opts.images, opts.random, opts.box_threshold),
     config.seed,
     config.explain.threshold,
-    Drawn.open(index),
+    open_index(index),
     BaseView(ActivationStore.open(workdir.acts(split)), layer, sae),
     client,
   )
+
+
+def _sae(
+  workdir: Workdir, layer: int, dictionary: str, seed: int
+) -> exports.Sae:
+  if not dictionary:
+    return exports.load(workdir.export(layer))
+  from lmm_sae.sae import dictionaries
+
+  return dictionaries.load(workdir, layer, dictionary, seed)
 
 
 # Explanations against concepts.

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 from lmm_sae.core import judging, records
 from lmm_sae.core.judging import CALIBRATION, Judgement
 from lmm_sae.core.records import Explanation, Score
+from lmm_sae.sae import exports
 from lmm_sae.stages import index
 from lmm_sae.stages import score as stage
 from tests import toy
@@ -232,6 +234,42 @@ def test_without_truth_nothing_is_known_of_a_judge(
   assert task['calibration']['value'] is None
   assert task['trusted'] is None
   assert scores(workdir)[0, 'fuzzing', ''].value == 1
+
+
+def test_latents_of_a_dictionary_are_scored_beside_the_saes(
+  config, workdir, monkeypatch
+):
+  """It has the same latents here, with the labels of one another."""
+  other = workdir.index(toy.LAYER, 'b', 'untrained')
+  shutil.copytree(workdir.index(toy.LAYER, 'b'), other)
+  loaded = []
+
+  def load(workdir, layer, dictionary, seed):
+    loaded.append((layer, dictionary, seed))
+    return exports.load(workdir.export(layer))
+
+  monkeypatch.setattr(stage, '_sae', load)
+  with records.Appender(workdir.file('explanations.jsonl')) as file:
+    for latent, label in {0: 'blue', 1: 'red'}.items():
+      made = (toy.LAYER, latent, (), 'explained', label, label, '', 'eye')
+      file.add(Explanation(*made, dictionary='untrained'))
+  config.score.second_model = 'two'
+  stage.run(config, workdir)
+  assert loaded == [(toy.LAYER, '', 0), (toy.LAYER, 'untrained', 0)]
+  lines = records.read(Score, workdir.file('scores.jsonl'))
+  by = {(s.dictionary, s.latent, s.scorer, s.baseline): s.value for s in lines}
+  assert len(by) == len(lines)
+  for scorer in ('detection', 'fuzzing', 'iou'):
+    assert by['', 0, scorer, ''] > by['untrained', 0, scorer, '']
+  assert by['untrained', 0, 'detection', 'shuffled'] == 1  # the label is red
+  scorers = {s.scorer for s in lines if s.dictionary}
+  assert scorers == {
+    *('iou_exact', 'iou', 'iou_paper', 'clip'),
+    *('detection', 'fuzzing', 'intruder'),
+  }  # its concepts are not known, and the second judge is not asked
+  before = workdir.file('scores.jsonl').read_bytes()
+  stage.run(config, workdir)
+  assert workdir.file('scores.jsonl').read_bytes() == before
 
 
 def test_without_a_judge_no_one_is_asked(config, workdir, server):
