@@ -144,14 +144,18 @@ def get_config() -> ConfigDict:
         'base_url': '',  # OpenAI-compatible server; '': one is started
         'model': '',  # its model; '': the packaged base LMM
         'others': ('small',),  # further packaged explainers, without base_url
-        'api_key': '',  # or the environment's OPENAI_API_KEY
+        'api_key': '',  # of base_url; '': the environment's OPENAI_API_KEY
         'latents': (),  # latents to explain; (): all alive
         'limit': 0,  # at most so many; 0: no limit
         'exemplars': 5,  # images in one message (paper: 5)
         'refine_url': '',  # server that shortens answers; '': base_url
         'refine_model': '',  # its model; '': the explainer
+        'refine_key': '',  # of refine_url; '': OPENAI_API_KEY
+        'refine_prices': (),  # as price_in, price_out, of that model
         'category_url': '',  # server that names categories; '': base_url
         'category_model': '',  # its model; '': the explainer
+        'category_key': '',  # of category_url; '': OPENAI_API_KEY
+        'category_prices': (),  # as price_in, price_out, of that model
         'dictionaries': (),  # explained beside the SAE: untrained, neurons
         'dictionary_limit': 64,  # latents of each of them, drawn by seed
         'price_in': 0.0,  # of 10^6 tokens of prompts, in any currency
@@ -159,11 +163,12 @@ def get_config() -> ConfigDict:
         'split': 'b',  # half whose exemplars are shown
         'pixels': 64,  # longer side of an image that is sent; 0: as it is
         'mask': 'exact',  # mask style: exact (nearest) or paper (bilinear)
-        'threshold': 0.25,  # of the latent's peak, above which a patch is lit
+        'threshold': 0.25,  # of the latent's peak, above which a patch is lit;
+        # mask paper lights what index.threshold says
         'max_tokens': 64,  # of an answer
         'concurrency': 4,  # requests under way at once
         'retries': 4,  # of a request that failed, with back-off
-        'timeout_s': 120.0,  # of one request
+        'timeout_s': 120.0,  # of one attempt
       },
       'score': {
         'images': 5,  # exemplars scored a latent
@@ -178,6 +183,7 @@ def get_config() -> ConfigDict:
         'second_model': '',  # its model; '': there is no second judge
         'judged': 64,  # latents a judge is asked about, drawn by seed; 0: all
         'cases': 10,  # questions a latent and task: half of them true
+        'fuzz': 'fuzz',  # is it lit? fuzz: asked; visible: it says what is lit
         'concurrency': 4,  # requests of a judge under way at once
         'bootstrap': 1000,  # resamples of a confidence interval
       },

@@ -24,7 +24,7 @@ class FakeChat:
 
   Faults: an HTTP status as text; `drop` (the connection ends), `stall` (no
   answer until the server stops), `torn` (half a body), `nonsense` (200, but no
-  JSON), `empty` (no choices), `cut` (a good answer, finish_reason length).
+  JSON), `empty` (no choices), `cut` (all of max_tokens, and had more to say).
   """
 
   def __init__(self, answer: Callable[[dict], str]):
@@ -114,7 +114,6 @@ class FakeChat:
       'choices': [] if fault == 'empty' else [choice],
       'usage': {
         'prompt_tokens': 7,
-        'completion_tokens': 3,
-        'total_tokens': 10,
+        'completion_tokens': request['max_tokens'] if fault == 'cut' else 3,
       },
     }

@@ -24,7 +24,9 @@ class _Server(http.server.ThreadingHTTPServer):
 def serve(handler: type[Handler]) -> Iterator[str]:
   """The address of a server that runs until the block ends."""
   server = _Server(('127.0.0.1', 0), handler)
-  thread = threading.Thread(target=server.serve_forever, daemon=True)
+  thread = threading.Thread(
+    target=server.serve_forever, args=(0.01,), daemon=True
+  )
   thread.start()
   try:
     yield f'http://127.0.0.1:{server.server_port}'

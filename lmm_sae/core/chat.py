@@ -8,10 +8,10 @@ the hash of the request, and asked for once. Tokens are counted.
 """
 
 import base64
+import collections
 import dataclasses
 import hashlib
 import json
-import logging as std_logging
 import os
 import pathlib
 import socket
@@ -20,32 +20,37 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import openai
+import httpx
 from absl import logging
 from PIL import Image
 
-from lmm_sae.core import prompts, records, wire
+from lmm_sae.core import completions, prompts, records, wire
+from lmm_sae.core.completions import Answer, ChatError
+from lmm_sae.core.usage import Usage
 
-LONGEST_PAUSE_S = 30.0
+__all__ = ['FIELDS', 'Answer', 'ChatClient', 'ChatError']
+
+LONGEST_PAUSE_S = 30.0  # between two attempts, of our own accord
+LONGEST_REST_S = 900.0  # that a server may ask for before the run ends
+GONE_S = 10.0  # for which a server that does not listen is asked last
+LARGEST = 16 << 20  # bytes of an answer
 REFUSALS = 8  # requests refused at the start, and none answered, end the run
 LOCKS = 1024  # requests of one lock wait for one another: far more than threads
-SAVE_EVERY_S = 2.0  # between two writes of the token counts
+KNOWN_NOT = (
+  401,
+  403,
+  404,
+)  # this model, by this key: no request will fare well
+AGAIN = (408, 409, 425, 429)  # of the 4xx, those worth a further attempt
 
-
-for _name in ('httpx', 'httpx2', 'openai'):  # a line a request is too much
-  std_logging.getLogger(_name).setLevel(std_logging.WARNING)
-
-
-class ChatError(RuntimeError):
-  """No usable answer could be had to one request; others may fare better."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Answer:
-  """What the model said; `cut`: it had more to say than max_tokens."""
-
-  text: str
-  cut: bool
+# What a model is asked for, and the config's fields for its server and model.
+FIELDS = {
+  'explainer': ('explain.base_url', 'explain.model'),
+  'refiner': ('explain.refine_url', 'explain.refine_model'),
+  'category': ('explain.category_url', 'explain.category_model'),
+  'judge': ('score.judge_url', 'score.judge_model'),
+  'second': ('score.second_url', 'score.second_model'),
+}
 
 
 class ChatClient:
@@ -54,14 +59,18 @@ class ChatClient:
   Args:
     base_url: of the server, with /v1; several, comma separated, share the work.
     model: as the server calls it.
+    role: what it is asked for, one of FIELDS: whose fields a message names, and
+      under which its use is counted.
     api_key: '': the environment's OPENAI_API_KEY, if any.
-    cache: folder of answers, shared by models and runs; None: no cache.
-    usage: JSON file that counts {model: {requests, cached, failed,
-      prompt_tokens, completion_tokens}} over all runs; None: not kept.
+    cache: folder of answers, shared by models, roles and runs; None: no cache.
+    usage: JSON file of counts, see `core.usage`; None: not kept.
+    prices: of 10^6 tokens of prompts and of answers.
     max_tokens: of an answer.
-    timeout_s: of one attempt.
-    retries: attempts after the first one; backoff_s: the pause before the first
-      of them, doubled before each further one.
+    timeout_s: of one attempt, from its first byte to its last.
+    retries: attempts after the first one, of which a server that does not
+      listen costs none while another does; backoff_s: the pause before a server
+      is asked the same again, doubled each time, and longer where the server
+      says so (Retry-After).
 
   Raises:
     ValueError: base_url is empty, or no URL.
@@ -72,48 +81,56 @@ class ChatClient:
     base_url: str,
     model: str,
     *,
+    role: str = 'explainer',
     api_key: str = '',
     cache: pathlib.Path | None = None,
     usage: pathlib.Path | None = None,
+    prices: tuple[float, float] = (0.0, 0.0),
     max_tokens: int = 64,
     timeout_s: float = 120.0,
     retries: int = 4,
     backoff_s: float = 0.5,
   ):
+    self._url_field, self._model_field = FIELDS[role]
     urls = [url.strip() for url in base_url.split(',') if url.strip()]
     for url in urls:
-      if not url.startswith(('http://', 'https://')):
-        raise ValueError(f'explain.base_url {url!r} is not an http(s) URL')
+      if not _is_url(url):
+        raise ValueError(f'{self._url_field} {url!r} is not an http(s) URL')
     if not urls:
-      raise ValueError('no URL of a chat server is given')
+      raise ValueError(f'{self._url_field}: no URL of a chat server is given')
     self.model = model
     self._urls = urls
-    self._clients = [
-      openai.OpenAI(
-        base_url=url,
-        # a server of one's own asks for no key, but the client wants one
-        api_key=api_key or os.environ.get('OPENAI_API_KEY') or 'none',
+    self._servers = _Servers(len(urls), backoff_s)
+    key = (api_key or os.environ.get('OPENAI_API_KEY', '')).strip()
+    self._clients = {
+      remote: httpx.Client(
         timeout=timeout_s,
-        max_retries=0,
-        http_client=openai.DefaultHttpxClient(trust_env=_is_remote(url)),
+        # An answer that a server sends twice would be read as the answer to
+        # the next request of that connection: there is none.
+        limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),
+        headers={'Content-Type': 'application/json', 'Connection': 'close'}
+        | ({'Authorization': f'Bearer {key}'} if key else {}),
+        trust_env=remote,
       )
-      for url in urls
-    ]
+      for remote in {_is_remote(url) for url in urls}
+    }
     self._cache = cache
     self._max_tokens = max_tokens
+    self._timeout_s = timeout_s
     self._retries = retries
-    self._backoff_s = backoff_s
-    self._counts = _Counts(usage, model)
+    self._usage = Usage(usage, role, model, prices)
     self._answered = False
     self._refusals = 0
     self._locks = [threading.Lock() for _ in range(LOCKS)]
+    self._stop = threading.Event()
+    self._fatal: Exception | None = None
 
   def __enter__(self) -> 'ChatClient':
     return self
 
   def __exit__(self, *_) -> None:
-    self._counts.save()
-    for client in self._clients:
+    self._usage.close()
+    for client in self._clients.values():
       client.close()
 
   def ask(self, text: str, images: Sequence[Image.Image] = ()) -> Answer:
@@ -136,70 +153,126 @@ class ChatClient:
     with self._locks[turn % len(self._locks)]:  # the same is asked for once
       found = self._cached(key)
       if found is not None:
-        self._counts.add(cached=1)
+        self._usage.cached()
         return found
       try:
-        answer, tokens = self._attempts(request, turn)
+        answer, tokens = self._attempts(body, turn)
       except ChatError:
-        self._counts.add(failed=1)
+        self._usage.add(failed=1)
         raise
-      self._counts.add(requests=1, **tokens)
+      except (ConnectionError, ValueError) as error:
+        self._fatal = error
+        self._stop.set()  # those who wait for another attempt need not
+        raise
+      # Counted first: who is killed in between pays for the answer again.
+      self._usage.add(requests=1, **_counts(tokens))
       self._keep(key, answer)
       return answer
 
-  def _attempts(
-    self, request: dict[str, Any], turn: int
-  ) -> tuple[Answer, dict[str, int]]:
+  def _attempts(self, body: bytes, turn: int) -> tuple[Answer, tuple[int, int]]:
     """The first good answer; servers take turns, also after a failure."""
-    why, gone = '', set()
-    for attempt in range(self._retries + 1):
-      if attempt:
-        pause_s = self._backoff_s * 2 ** (attempt - 1)
-        time.sleep(min(pause_s, LONGEST_PAUSE_S))
-      place = (turn + attempt) % len(self._clients)
+    tries: collections.Counter[int] = collections.Counter()
+    gone: set[int] = set()
+    left = self._retries + 1
+    while True:
+      place, pause_s = self._servers.choose(turn, tries)
+      if pause_s > LONGEST_REST_S:
+        raise ConnectionError(
+          f'{self._urls[place]} asks to be left alone for {pause_s:.0f} s: run '
+          'this again then; answers had so far are kept'
+        )
+      if pause_s > 0 and self._stop.wait(pause_s):
+        raise type(self._fatal)(str(self._fatal)) from self._fatal
+      tries[place] += 1
       gone.discard(place)
       try:
-        found = _read(self._clients[place].chat.completions.create(**request))
+        found = self._post(place, body)
         self._answered = True
         return found
-      except (
-        openai.AuthenticationError,
-        openai.NotFoundError,
-        openai.PermissionDeniedError,
-      ) as error:
-        raise ValueError(self._refused(place, error)) from error
-      except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
-        self._refusals += 1
-        if not self._answered and self._refusals >= REFUSALS:
-          raise ValueError(self._refused(place, error)) from error
-        raise ChatError(f'the server refuses: {_brief(error)}') from error
-      except openai.APITimeoutError as error:
-        why = _brief(error)
-      except openai.APIConnectionError as error:
-        why = _brief(error)
-        if _nobody_listens(error):
+      except ChatError as error:
+        self._usage.add(fault=error.fault, **_counts(error.tokens))
+        logging.debug('chat: %s: %s', self._urls[place], error)
+        if error.refused:
+          self._refuse(place, error)
+          raise
+        self._servers.failed(place, error.rest_s, error.gone)
+        if error.gone:
           gone.add(place)
-      except (openai.OpenAIError, json.JSONDecodeError, ChatError) as error:
-        why = _brief(error)
-      logging.debug('chat: attempt %d failed: %s', attempt + 1, why)
-    if len(gone) == len(self._clients):
-      raise ConnectionError(
-        f'no explainer answers at {", ".join(self._urls)}: start it, or give '
-        f'its URL as explain.base_url ({why}); answers had so far are kept'
-      )
-    raise ChatError(f'{self._retries + 1} attempts failed, at last: {why}')
+        elsewhere = len(tries) < len(self._urls)  # costs no attempt
+        left -= not (error.gone and elsewhere)
+        if left > 0:
+          continue
+        if len(gone) == len(self._urls):
+          raise ConnectionError(
+            f'nobody answers at {", ".join(self._urls)}: start the server, or '
+            f'give its URL as {self._url_field} ({error}); answers had so far '
+            'are kept'
+          ) from error
+        count = tries.total()
+        raise ChatError(
+          f'{count} attempts failed, at last: {error}', error.fault
+        ) from error
 
-  def _refused(self, place: int, error: openai.APIStatusError) -> str:
+  def _post(self, place: int, body: bytes) -> tuple[Answer, tuple[int, int]]:
+    """One attempt: (answer, tokens of the prompt and of the answer).
+
+    Raises:
+      ChatError: it failed; ValueError: so will every other.
+    """
+    url = self._urls[place]
+    until = time.monotonic() + self._timeout_s
+    data = bytearray()
+    try:
+      with self._clients[_is_remote(url)].stream(
+        'POST', f'{url.rstrip("/")}/chat/completions', content=body
+      ) as response:
+        for chunk in response.iter_bytes():
+          data += chunk
+          if time.monotonic() > until:  # httpx counts from the last byte had
+            raise ChatError(f'no end after {self._timeout_s:g} s', 'timeout')
+          if len(data) > LARGEST:
+            raise ChatError(f'more than {LARGEST} bytes', 'too large')
+    except httpx.TimeoutException as error:
+      raise ChatError(f'{type(error).__name__}: {error}', 'timeout') from error
+    except httpx.HTTPError as error:
+      why = f'{type(error).__name__}: {error}'
+      away = _nobody_listens(error)
+      raise ChatError(why, 'connection', gone=away) from error
+    if response.is_success:
+      return completions.read(bytes(data), self._max_tokens)
+    said = data[:300].decode(errors='replace')
+    why = f'status {response.status_code}: {said}'
+    if response.status_code in KNOWN_NOT:
+      raise ValueError(self._refused(place, why))
+    refused = response.is_client_error and response.status_code not in AGAIN
+    raise ChatError(
+      f'the server refuses: {why}' if refused else why,
+      str(response.status_code),
+      rest_s=completions.rest_s(response.headers),
+      refused=refused,
+    )
+
+  def _refuse(self, place: int, error: ChatError) -> None:
+    """Ends the run where every request is refused from its start."""
+    self._refusals += 1
+    if not self._answered and self._refusals >= REFUSALS:
+      raise ValueError(self._refused(place, str(error))) from error
+
+  def _refused(self, place: int, why: str) -> str:
     return (
-      f'{self._urls[place]} refuses model {self.model!r}: check explain.model, '
-      f'explain.api_key and explain.exemplars ({_brief(error)})'
+      f'{self._urls[place]} refuses model {self.model!r}: check '
+      f'{self._model_field}, {self._url_field}, explain.api_key and how many '
+      f'images the model takes ({why})'
     )
 
   def _cached(self, key: str) -> Answer | None:
-    if self._cache is None:
+    if self._cache is None or not self._path(key).exists():
       return None
-    path = self._path(key)
-    return Answer(**json.loads(path.read_text())) if path.exists() else None
+    try:
+      return Answer(**json.loads(self._path(key).read_text()))
+    except (TypeError, ValueError) as error:
+      logging.warning('chat: %s is asked anew: %s', self._path(key), error)
+      return None
 
   def _keep(self, key: str, answer: Answer) -> None:
     if self._cache is not None:
@@ -209,33 +282,51 @@ class ChatClient:
     return self._cache / key[:2] / f'{key}.json'
 
 
-class _Counts:
-  """Counts of one model in the usage file, saved now and then."""
+class _Servers:
+  """Which server is asked next, and how long it is waited for."""
 
-  def __init__(self, path: pathlib.Path | None, model: str):
-    self._path, self._model = path, model
+  def __init__(self, count: int, backoff_s: float):
+    self._backoff_s = backoff_s
     self._lock = threading.Lock()
-    self._saved_at = 0.0
-    self._all = {}
-    if path is not None and path.exists():
-      self._all = json.loads(path.read_text())
-    self._mine = self._all.setdefault(model, {})
+    self._rest_until = [0.0] * count
+    self._gone_until = [0.0] * count
 
-  def add(self, **counts: int) -> None:
+  def choose(
+    self, turn: int, tries: collections.Counter[int]
+  ) -> tuple[int, float]:
+    """(place, pause in s) of the next attempt of a request.
+
+    The one that need not be waited for, that listens, that was tried least;
+    then they take turns. All requests keep a server's rest.
+    """
+    now = time.monotonic()
     with self._lock:
-      for name, count in counts.items():
-        self._mine[name] = self._mine.get(name, 0) + count
-      if time.monotonic() - self._saved_at > SAVE_EVERY_S:
-        self._save()
+      ranked = []
+      count = len(self._rest_until)
+      for i in range(count):
+        pause_s = 0.0
+        if tries[i]:
+          pause_s = self._backoff_s * 2 ** min(tries[i] - 1, 30)
+          # not all at once: threads that failed together come apart
+          pause_s = min(pause_s, LONGEST_PAUSE_S) * (1 + (turn % 64) / 128)
+        pause_s = max(pause_s, self._rest_until[i] - now)
+        gone = now < self._gone_until[i]
+        ranked.append((gone, pause_s, tries[i], (i - turn) % count, i))
+    _, pause_s, _, _, place = min(ranked)
+    return place, max(pause_s, 0.0)
 
-  def save(self) -> None:
+  def failed(self, place: int, rest_s: float, gone: bool) -> None:
+    """Takes a server's wish for rest, or that nobody listened."""
+    now = time.monotonic()
     with self._lock:
-      self._save()
+      self._rest_until[place] = max(self._rest_until[place], now + rest_s)
+      if gone:
+        self._gone_until[place] = now + GONE_S
 
-  def _save(self) -> None:
-    self._saved_at = time.monotonic()
-    if self._path is not None and self._mine:
-      records.write_json(self._path, self._all)
+
+def _counts(tokens: tuple[int, int]) -> dict[str, int]:
+  names = ('prompt_tokens', 'completion_tokens')
+  return {name: n for name, n in zip(names, tokens, strict=True) if n}
 
 
 def _content(text: str, images: Sequence[Image.Image]) -> list[dict[str, Any]]:
@@ -255,27 +346,6 @@ def _data_url(image: Image.Image) -> str:
   return 'data:image/png;base64,' + base64.b64encode(png).decode()
 
 
-def _read(completion: Any) -> tuple[Answer, dict[str, int]]:
-  """Answer and token counts of a completion, if it is one.
-
-  Raises:
-    ChatError: a server may send 200 and nonsense.
-  """
-  choices = completion.choices if hasattr(completion, 'choices') else None
-  if not choices or choices[0].message is None:
-    raise ChatError('the server sent no completion')
-  content = choices[0].message.content
-  if not isinstance(content, str):
-    raise ChatError('the completion has no text')
-  usage, tokens = completion.usage, {}
-  if usage is not None:
-    tokens = {
-      'prompt_tokens': int(usage.prompt_tokens or 0),
-      'completion_tokens': int(usage.completion_tokens or 0),
-    }
-  return Answer(content.strip(), choices[0].finish_reason == 'length'), tokens
-
-
 def _nobody_listens(error: BaseException | None) -> bool:
   """As against a server that broke off."""
   while error is not None:
@@ -285,14 +355,14 @@ def _nobody_listens(error: BaseException | None) -> bool:
   return False
 
 
+def _is_url(url: str) -> bool:
+  try:
+    return bool(httpx.URL(url).host) and url.startswith(('http://', 'https://'))
+  except httpx.InvalidURL:
+    return False
+
+
 def _is_remote(url: str) -> bool:
   """Loopback is never reached through a proxy."""
   host = url.split('://', 1)[1].split('/', 1)[0].rsplit(':', 1)[0]
   return host not in ('127.0.0.1', 'localhost', '[::1]')
-
-
-def _brief(error: Exception) -> str:
-  said = f'{type(error).__name__}: {error}'
-  if isinstance(error, openai.APIStatusError):
-    said += f' {error.response.text}'
-  return said[:300]

@@ -25,7 +25,12 @@ from lmm_sae.core.workdir import Workdir
 FORMAT_VERSION = 1
 FILE = 'config.json'
 PART = re.compile(r'config\.json\..*part')  # of one that is being written
-SECRET = ('explain.api_key', 'server.token')  # never written to disk
+SECRET = (  # never written to disk
+  'explain.api_key',
+  'explain.refine_key',
+  'explain.category_key',
+  'server.token',
+)
 
 # What must not change once an output of the workdir stands. Each stage checks
 # its own settings more closely; this names the commonest mistake early.

@@ -18,6 +18,16 @@ from lmm_sae.core import masks
 
 LEVELS = len(string.ascii_lowercase)
 
+# Share of the peak, then the colour laid over the picture there and how opaque
+# it is; between them, linear. The page's script (pictures.js) has the same.
+RAMP = (
+  (0.0, 60, 16, 104, 0.4),
+  (0.25, 150, 38, 103, 0.55),
+  (0.5, 221, 81, 58, 0.62),
+  (0.75, 252, 165, 10, 0.68),
+  (1.0, 252, 245, 150, 0.74),
+)
+
 
 def encode_heat(
   heat_HW: np.ndarray, capital_HW: np.ndarray, /, *, peak: float
@@ -55,6 +65,20 @@ def decode_heat(text: str) -> tuple[np.ndarray, np.ndarray]:
     capital_P[at] = token.isupper()
     at += 1
   return level_P.reshape(rows, cols), capital_P.reshape(rows, cols)
+
+
+def overlay(
+  image: Image.Image, heat_HW: np.ndarray, /, *, peak: float
+) -> Image.Image:
+  """The image under its heat map, for people: each patch in the colour of its
+  share of `peak`, blended in; where the latent is silent, as it is."""
+  share_HW = np.clip(np.asarray(heat_HW, np.float64) / max(peak, 1e-12), 0, 1)
+  at, *channels = np.array(RAMP).T
+  over_HW4 = np.stack([np.interp(share_HW, at, c) for c in channels], -1)
+  over_HW4[..., 3] = np.where(share_HW > 0, over_HW4[..., 3] * 255, 0)
+  over = Image.fromarray(np.rint(over_HW4).astype(np.uint8), 'RGBA')
+  over = over.resize(image.size, Image.Resampling.NEAREST)
+  return Image.alpha_composite(image.convert('RGBA'), over).convert('RGB')
 
 
 def thumbnail(image: Image.Image, pixels: int) -> bytes:

@@ -39,9 +39,28 @@ def parse(answer: str) -> tuple[str, str]:
   """(outcome, text) of an explainer's answer.
 
   What follows the last marker is the explanation; an answer without marker is
-  taken whole. `none`, or nothing, is the outcome `no_pattern`.
+  taken whole. `none`, or nothing, is the outcome `no_pattern`. What a model
+  thinks aloud, in <think> tags, is no part of its answer.
   """
-  text = answer.rsplit(MARKER, 1)[-1].strip().strip('.').strip()
-  if not text or text.lower() == NONE:
+  text = _MARKER.split(_aloud(answer))[-1].strip(' \t\n*.')
+  if not text or _NOTHING.match(text):
     return 'no_pattern', ''
   return 'explained', text
+
+
+def marked(answer: str) -> bool:
+  """Whether the answer came to its point."""
+  return _MARKER.search(_aloud(answer)) is not None
+
+
+def _aloud(answer: str) -> str:
+  return re.sub(r'<think>.*?(</think>|\Z)', '', answer, flags=re.DOTALL)
+
+
+# Models write the marker in bold, or small, and give reasons after `none`.
+_MARKER = re.compile(r'concept\s*(?:\*\*)?\s*:', re.IGNORECASE)
+_NOTHING = re.compile(
+  r'[\W_]*(?:none\b|(?:there is )?'
+  r'(?:nothing(?:\W*\Z| in common\b)|no (?:\w+ )?(?:pattern|concept)\b))',
+  re.IGNORECASE,
+)

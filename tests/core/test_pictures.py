@@ -1,6 +1,8 @@
 """Heat maps as strings, and small pictures."""
 
 import io
+import json
+import re
 
 import numpy as np
 import pytest
@@ -49,3 +51,25 @@ def test_a_thumbnail_shrinks_and_never_grows(size, wanted):
   with Image.open(io.BytesIO(data)) as image:
     assert image.format == 'WEBP'
     assert image.size == wanted
+
+
+def test_an_overlay_grows_hotter_and_leaves_what_is_silent():
+  image = Image.new('RGB', (12, 8), (40, 80, 120))
+  heat_HW = np.array([[0.0, 0.5, 1.0], [2.0, 0.25, 0.0]])
+  over = np.asarray(pictures.overlay(image, heat_HW, peak=1.0)).astype(int)
+  patches = over.reshape(2, 4, 3, 4, 3)
+  assert (patches == patches[:, :1, :, :1]).all()  # whole patches, no smear
+  at = patches[:, 0, :, 0]
+  np.testing.assert_array_equal(at[0, 0], [40, 80, 120])
+  np.testing.assert_array_equal(at[1, 2], [40, 80, 120])
+  np.testing.assert_array_equal(at[1, 0], at[0, 2])  # the peak, and above
+  # the half: 62% of (221, 81, 58) over 38% of the picture
+  np.testing.assert_allclose(at[0, 1], [152, 81, 82], atol=1)
+  assert at[1, 1].sum() < at[0, 1].sum() < at[0, 2].sum()
+
+
+def test_the_page_paints_in_the_same_colours(root):
+  script = root / 'lmm_sae/stages/report_assets/pictures.js'
+  found = re.search(r'const RAMP = (\[.*?\]);', script.read_text(), re.DOTALL)
+  rows = json.loads(re.sub(r',\s*\]', ']', found[1]))
+  assert [tuple(row) for row in rows] == list(pictures.RAMP)

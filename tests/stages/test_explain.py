@@ -10,7 +10,7 @@ import textwrap
 import numpy as np
 import pytest
 
-from lmm_sae.core import records
+from lmm_sae.core import explaining, records
 from lmm_sae.core.chat import Answer, ChatError
 from lmm_sae.core.index import TextExemplar
 from lmm_sae.stages import explain as stage
@@ -135,8 +135,11 @@ def test_a_second_explainer_stands_beside_the_first(config, workdir):
   stage.run(config, workdir)
   names = [line.explainer for line in explanations(workdir)]
   assert names == ['eye'] * toy.M + ['other'] * toy.M
-  usage = json.loads(workdir.file('usage.json').read_text())
-  assert usage['eye']['prompt_tokens'] == 7 * usage['eye']['requests'] > 0
+  used = json.loads(workdir.file('usage.json').read_text())['used']
+  for role in ('explainer', 'refiner', 'category'):
+    assert set(used[role]) == {'eye', 'other'}
+    one = used[role]['eye']
+    assert one['prompt_tokens'] == 7 * one['requests'] > 0
 
 
 def test_failures_are_counted_and_asked_again(config, workdir, server):
@@ -257,17 +260,17 @@ def test_marks_go_about_what_fires():
   tokens = ['is', ' the', ' red', ' s', 'quare', ' red', '?']
   acts = [0.1, 0.0, 4.0, 1.0, 0.9, 2.0, 0.0]
   exemplar = TextExemplar(0, 3, 4.0, tokens, acts, 2)
-  assert stage.mark(exemplar, 0.25) == 'is the <<red s>>quare <<red>>?'
-  assert stage.mark(exemplar, 0.0) == '<<is>> the <<red square red>>?'
+  assert explaining.mark(exemplar, 0.25) == 'is the <<red s>>quare <<red>>?'
+  assert explaining.mark(exemplar, 0.0) == '<<is>> the <<red square red>>?'
 
 
 def test_an_answer_cut_before_its_marker_is_a_failure():
-  assert stage.read(Answer('well, CONCEPT: red squ', True)) == (
+  assert explaining.read(Answer('well, CONCEPT: red squ', True)) == (
     'explained',
     'red squ',
   )
   with pytest.raises(ChatError, match='max_tokens'):
-    stage.read(Answer('well, these pictures', True))
+    explaining.read(Answer('well, these pictures', True))
 
 
 @pytest.mark.parametrize(
@@ -281,11 +284,11 @@ def test_an_answer_cut_before_its_marker_is_a_failure():
   ],
 )
 def test_a_category_is_the_first_kind_named(answer, kind):
-  assert stage.category(answer) == kind
+  assert explaining.category(answer) == kind
 
 
 def test_packaged_explainers_are_named_by_size():
   from lmm_sae.core import host
 
-  assert stage.short_name(str(host.weights() / 'base')) == 'base'
-  assert stage.short_name('lmms-lab/llava-72b') == 'lmms-lab/llava-72b'
+  assert explaining.short_name(str(host.weights() / 'base')) == 'base'
+  assert explaining.short_name('lmms-lab/llava-72b') == 'lmms-lab/llava-72b'
