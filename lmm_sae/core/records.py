@@ -145,8 +145,9 @@ class Explanation:
   """What an explainer said of one latent.
 
   Attributes:
-    outcome: `explained`, `no_pattern` (the explainer sees none), `failed` (no
-      answer could be had), `dead` (never fires on an image), `always_on`.
+    outcome: `explained`, `no_pattern` (the explainer sees none), `failed` (an
+      answer could not be had: text and label are what was had before it),
+      `dead` (never fires on an image), `always_on`.
     text: the explainer's answer; label: the refiner's short form; category: one
       of the Network Dissection kinds.
     explainer: name of the model that answered.

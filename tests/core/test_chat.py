@@ -369,3 +369,22 @@ def test_a_fatal_error_wakes_those_who_wait():
     waiting.join(10)
     assert not waiting.is_alive()
   assert len(failures) == 2
+
+
+def test_a_server_that_hangs_is_asked_last():
+  release = threading.Event()
+
+  def hang(handler):
+    handler.close_connection = True
+    release.wait(20)
+
+  with (
+    scripted(*[hang] * 99) as (url, came),
+    scripted() as (other, came_other),
+    ChatClient(f'{url},{other}', 'tiny', retries=1, timeout_s=0.3) as chat,
+  ):
+    for i in range(20):
+      assert chat.ask(str(i)).text == 'red'
+    release.set()
+  assert len(came) == 1
+  assert len(came_other) == 20
