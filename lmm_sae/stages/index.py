@@ -30,11 +30,21 @@ from lmm_sae.core import (
 from lmm_sae.core.index import IndexMeta, read_meta
 from lmm_sae.core.store import ActivationStore
 from lmm_sae.core.workdir import Workdir
-from lmm_sae.sae import exports, share
+from lmm_sae.sae import dictionaries, exports, share
 from lmm_sae.sae.baseview import BaseView, check_one_grid
 
 PART_SAMPLES = 256  # samples a part, unless that makes more than MAX_PARTS
 MAX_PARTS = 64
+FREE = (
+  'splits',
+  'rows',
+  'memory_mb',
+  'processes',
+  'share',
+  'dictionaries',
+  'latent',
+  'sample',
+)  # of the config: do not decide what an index holds
 TOKENS = ('sample', 'position', 'token', 'kind', 'image', 'row', 'col')
 
 
@@ -49,6 +59,14 @@ class IndexConfig:
   context: int
   threshold: float
   always_on: float
+  spread: int
+  seed: int
+  memory_mb: int
+  processes: int
+  share: str
+  dictionaries: tuple[str, ...]
+  latent: int
+  sample: int
 
   def __post_init__(self):
     if self.rows < 1:
@@ -60,17 +78,20 @@ class IndexConfig:
 
 
 def run(config: ConfigDict, workdir: Workdir) -> None:
-  """Indexes every configured split of every hooked layer."""
+  """Indexes every configured split of every hooked layer: of the SAE, and of
+  each of index.dictionaries."""
   opts = IndexConfig(**config.index)
   if {'a', 'b'} <= set(opts.splits):
     write_concepts(workdir, tuple(config.lmm.layers))
   for layer in config.lmm.layers:
-    sae = exports.load(workdir.require(workdir.export(layer), 'train'))
-    for split in opts.splits:
-      store = ActivationStore.open(
-        workdir.require(workdir.acts(split), 'capture')
-      )
-      build(workdir.index(layer, split), store, layer, opts, sae)
+    for dictionary in ('', *dict.fromkeys(opts.dictionaries)):
+      sae = dictionaries.load(workdir, layer, dictionary, config.seed)
+      for split in opts.splits:
+        store = ActivationStore.open(
+          workdir.require(workdir.acts(split), 'capture')
+        )
+        path = workdir.index(layer, split, dictionary)
+        build(path, store, layer, opts, sae)
 
 
 def build(
@@ -171,7 +192,11 @@ def _source(store: ActivationStore, opts: IndexConfig, sae: exports.Sae) -> str:
   meta = records.to_json(store.meta) | {
     'samples': len(store.samples()),
     'rows': store.num_rows,
-    'index': dataclasses.asdict(opts) | {'splits': (), 'rows': 0},
+    'index': {
+      name: value
+      for name, value in dataclasses.asdict(opts).items()
+      if name not in FREE
+    },
   }
   rest.update(json.dumps(meta, sort_keys=True).encode())
   return f'sae {share.firing(sae)}, store and settings {rest.hexdigest()}'
