@@ -332,10 +332,10 @@ def test_without_a_judge_no_one_is_asked(config, workdir, server):
     ({'concurrency': 0}, 'score.concurrency'),
   ],
 )
-def test_what_cannot_be_is_refused(config, workdir, changes, says):
+def test_what_cannot_be_is_refused(config, changes, says):
   config.score.update(changes)
   with pytest.raises(ValueError, match=says):
-    stage.run(config, workdir)
+    stage.ScoreConfig(**config.score)
 
 
 KILLED = textwrap.dedent(
