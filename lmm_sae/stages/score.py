@@ -80,8 +80,10 @@ class ScoreConfig:
   clip_path: str
   judge_url: str
   judge_model: str
+  judge_key: str
   second_url: str
   second_model: str
+  second_key: str
   judged: int
   cases: int
   fuzz: str
@@ -115,18 +117,18 @@ class ScoreConfig:
 class Chats:
   """What the clients of judges are made with, as in the section `explain`."""
 
-  api_key: str
   max_tokens: int
   timeout_s: float
   retries: int
 
   def open(
-    self, role: str, url: str, model: str, workdir: Workdir
+    self, role: str, url: str, model: str, key: str, workdir: Workdir
   ) -> ChatClient:
     return ChatClient(
       url,
       model,
       role=role,
+      api_key=key,
       cache=workdir.file('cache') / 'chat',
       usage=workdir.file('usage.json'),
       **dataclasses.asdict(self),
@@ -145,9 +147,7 @@ def run(config: ConfigDict, workdir: Workdir) -> None:
       '`lmm-sae all`, which starts one'
     )
   explain = config.explain
-  chats = Chats(
-    explain.api_key, explain.max_tokens, explain.timeout_s, explain.retries
-  )
+  chats = Chats(explain.max_tokens, explain.timeout_s, explain.retries)
   style = trials_lib.Style(
     cases=opts.cases,
     pictures=explain.exemplars,
@@ -256,13 +256,15 @@ def judge(
   first = explaining.short_name(opts.judge_model)
   second = explaining.short_name(opts.second_model) if opts.second_model else ''
   lines: list[judging.Judgement] = []
-  roles = [('judge', opts.judge_url, opts.judge_model)]
+  roles = [('judge', opts.judge_url, opts.judge_model, opts.judge_key)]
   if second:
+    same = opts.second_url in ('', opts.judge_url)  # no other is sent the key
+    key = opts.second_key or (opts.judge_key if same else '')
     url = opts.second_url or opts.judge_url
-    roles.append(('second', url, opts.second_model))
-  for role, url, model in roles:
+    roles.append(('second', url, opts.second_model, key))
+  for role, url, model, key in roles:
     name = explaining.short_name(model)
-    with chats.open(role, url, model, workdir) as chat:
+    with chats.open(role, url, model, key, workdir) as chat:
       wanted = functools.partial(
         judging.answers, chat, threads=opts.concurrency
       )

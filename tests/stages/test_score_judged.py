@@ -272,6 +272,46 @@ def test_latents_of_a_dictionary_are_scored_beside_the_saes(
   assert workdir.file('scores.jsonl').read_bytes() == before
 
 
+def test_no_judge_is_sent_the_key_of_another(config, workdir, monkeypatch):
+  monkeypatch.delenv('OPENAI_API_KEY', raising=False)
+  sent = []
+
+  def client(url, model, **options):
+    sent.append((url, model, options['role'], options['api_key']))
+    raise ConnectionError('as asked')
+
+  monkeypatch.setattr(stage, 'ChatClient', client)
+  config.explain.api_key = 'explainer'
+  config.score.judge_key = 'first'
+  url = config.score.judge_url
+  with pytest.raises(ConnectionError):
+    stage.run(config, workdir)
+  assert sent == [(url, 'one', 'judge', 'first')]
+
+
+@pytest.mark.parametrize(
+  ('url', 'key', 'sent'),
+  [('', '', 'first'), ('http://h/v1', '', ''), ('http://h/v1', 'own', 'own')],
+)
+def test_the_second_judge_has_the_key_of_its_own_server(
+  config, workdir, monkeypatch, url, key, sent
+):
+  config.score.judge_key = 'first'
+  config.score.second_model = 'two'
+  config.score.second_url = url
+  config.score.second_key = key
+  kept = stage.Chats.open
+  got = []
+
+  def open_(self, role, url, model, key, workdir):
+    got.append((role, key))
+    return kept(self, role, config.score.judge_url, model, key, workdir)
+
+  monkeypatch.setattr(stage.Chats, 'open', open_)
+  stage.run(config, workdir)
+  assert got == [('judge', 'first'), ('second', sent)]
+
+
 def test_without_a_judge_no_one_is_asked(config, workdir, server):
   config.score.judge_url = ''
   config.score.judge_model = ''
@@ -292,10 +332,10 @@ def test_without_a_judge_no_one_is_asked(config, workdir, server):
     ({'concurrency': 0}, 'score.concurrency'),
   ],
 )
-def test_what_cannot_be_is_refused(config, workdir, changes, says):
+def test_what_cannot_be_is_refused(config, changes, says):
   config.score.update(changes)
   with pytest.raises(ValueError, match=says):
-    stage.run(config, workdir)
+    stage.ScoreConfig(**config.score)
 
 
 KILLED = textwrap.dedent(
