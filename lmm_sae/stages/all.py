@@ -28,12 +28,16 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from lmm_sae.core import concepts, host, records, servers, summary
+from lmm_sae.core import config as configs
 from lmm_sae.core.workdir import Workdir
 
 FIRST = ('capture', 'train')
 MIDDLE = ('index',)  # while the servers load
 LANES = (('evaluate', 'explain', 'score'), ('steer', 'attribute'))  # at once
 LAST = ('report',)
+KEYS = tuple(
+  x for x in configs.SECRET if x.endswith('_key') and x != 'explain.api_key'
+)  # that one is in the environment
 ORDER = (*FIRST, *MIDDLE, *LANES[0], *LANES[1], *LAST)
 TICK_S = 0.5  # how often running stages are looked at, and timed
 
@@ -50,6 +54,7 @@ class AllConfig:
     explainers: packaged sizes or model folders; each explains every latent.
     api_key: of the explainer at explain_url.
     judges: those of `explainers` that judge, at most two.
+    keys: of further servers of the user's, by the field that holds them.
 
   Raises:
     ValueError: a judge is to be one of the explainers, and is none.
@@ -63,6 +68,7 @@ class AllConfig:
   explainers: tuple[str, ...]
   api_key: str
   judges: tuple[str, ...]
+  keys: dict[str, str]
 
   def __post_init__(self):
     for name in self.judges:
@@ -87,6 +93,7 @@ class AllConfig:
       explainers=() if config.explain.base_url else tuple(dict.fromkeys(names)),
       api_key=config.explain.api_key,
       judges=tuple(name for name in judges if name) if ours else (),
+      keys={name: key for name in KEYS if (key := configs.flat(config)[name])},
     )
 
 
@@ -207,6 +214,11 @@ def _flags(
       flags.append(f'--config.server.url={subject.wait()}')
     if opts.server_token:
       flags.append(f'--config.server.token={opts.server_token}')
+  flags += [
+    f'--config.{name}={key}'
+    for name, key in opts.keys.items()
+    if name.startswith(f'{stage}.')
+  ]
   if stage == 'score':
     for role, name in zip(('judge', 'second'), opts.judges, strict=False):
       server = explainers[name]
@@ -232,7 +244,9 @@ def _stage(
   Raises:
     ChildProcessError: it failed.
   """
-  logging.info('%s', ' '.join([stage, *flags]))
+  secret = tuple(f'--config.{name}=' for name in configs.SECRET)
+  told = [flag for flag in flags if not flag.startswith(secret)]
+  logging.info('%s', ' '.join([stage, *told]))
   begin = time.monotonic()
   with servers.child(command(stage, workdir, flags)) as process:
     code = None
