@@ -82,7 +82,9 @@ def run(config: ConfigDict, workdir: Workdir) -> None:
   each of index.dictionaries."""
   opts = IndexConfig(**config.index)
   if {'a', 'b'} <= set(opts.splits):
-    write_concepts(workdir, tuple(config.lmm.layers))
+    write_concepts(
+      workdir, tuple(config.lmm.layers), opts.dictionaries, config.seed
+    )
   for layer in config.lmm.layers:
     for dictionary in ('', *dict.fromkeys(opts.dictionaries)):
       sae = dictionaries.load(workdir, layer, dictionary, config.seed)
@@ -234,11 +236,23 @@ def _chunks(
 # Concepts, where the truth is known.
 
 
-def write_concepts(workdir: Workdir, layers: Sequence[int]) -> None:
+def write_concepts(
+  workdir: Workdir,
+  layers: Sequence[int],
+  beside: Sequence[str] = (),
+  seed: int = 0,
+) -> None:
   """Writes concepts.json unless it stands, or the truth is not known.
 
   {layer: [concepts.Concept], neurons: {layer: concepts with a clean neuron},
-  counted: concepts of objects, source: what it was made of}.
+  counted: concepts of objects, dictionaries: {name: {layer: as above}}, source:
+  what it was made of}.
+
+  Args:
+    workdir: of the run.
+    layers: whose SAEs are looked at.
+    beside: dictionaries that are, too.
+    seed: of theirs.
   """
   stores = {
     split: ActivationStore.open(workdir.require(workdir.acts(split), 'capture'))
@@ -253,7 +267,14 @@ def write_concepts(workdir: Workdir, layers: Sequence[int]) -> None:
     for layer in layers
   }
   path = workdir.file(concepts.FILE)
-  source = _concepts_source(stores, saes)
+  others = {
+    name: {
+      layer: dictionaries.load(workdir, layer, name, seed) for layer in layers
+    }
+    for name in dict.fromkeys(beside)
+  }
+  every = [pair for some in (saes, *others.values()) for pair in some.items()]
+  source = _concepts_source(stores, every)
   if path.exists() and json.loads(path.read_text()).get('source') == source:
     return
   vocabulary = truth.Vocabulary.of(samples['a'] + samples['b'])
@@ -262,6 +283,7 @@ def write_concepts(workdir: Workdir, layers: Sequence[int]) -> None:
     'source': source,
     'counted': list(vocabulary.counted),
     'neurons': {},
+    'dictionaries': {name: {} for name in others},
   }
   for layer, sae in saes.items():
     half_a, half_b = (
@@ -279,6 +301,17 @@ def write_concepts(workdir: Workdir, layers: Sequence[int]) -> None:
       len(vocabulary.counted),
       truth.clean_count(raw),
     )
+  for name, some in others.items():
+    for layer, sae in some.items():
+      halves = [
+        BaseView(store, layer, sae).half(vocabulary)
+        for store in stores.values()
+      ]
+      units = truth.Latents(sae.config.latents)
+      rows = truth.concept_table(units, *halves, vocabulary)
+      table['dictionaries'][name][str(layer)] = [
+        dataclasses.asdict(row) for row in rows
+      ]
   records.write_json(path, table)
 
 
@@ -288,7 +321,7 @@ def _concepts_source(stores, saes) -> str:
   for store in stores.values():
     note = records.to_json(store.meta), store.num_rows
     mark.update(json.dumps(note, sort_keys=True).encode())
-  for layer, sae in saes.items():
+  for layer, sae in saes:
     mark.update(f'{layer}'.encode())
     share.firing(sae, mark)
   return mark.hexdigest()

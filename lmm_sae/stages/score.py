@@ -14,8 +14,7 @@ Writes scores.jsonl, for each explained latent:
 
 with the baselines `random` (the label and the latent's own activations on
 random images) and `shuffled` (another latent's label on these images). Latents
-of the dictionaries that were explained beside the SAE are scored alike, but for
-`right`: what they stand for is not known.
+of the dictionaries that were explained beside the SAE are scored alike.
 
 Where score.judge_url names a chat server, its model is asked, of score.judged
 latents, and never told what fired:
@@ -170,7 +169,7 @@ def run(config: ConfigDict, workdir: Workdir) -> None:
         some = [e for e in mine if e.dictionary == dictionary]
         for name in dict.fromkeys(e.explainer for e in some):
           groups.append((bench, [e for e in some if e.explainer == name]))
-          table = [] if dictionary else concepts.load(workdir, layer)
+          table = concepts.load(workdir, layer, dictionary)
           with records.Appender(workdir.file(FILE)) as file:
             _append(file, right(table, groups[-1][1]))
             grounded.grounded(*groups[-1], file)
@@ -224,7 +223,13 @@ def right(
     says = [concepts.says(text, row.concept) for text in texts]
     one = by_latent[row.latent]
     made = functools.partial(
-      Score, one.layer, one.latent, 'right', n=1, explainer=one.explainer
+      Score,
+      one.layer,
+      one.latent,
+      'right',
+      n=1,
+      explainer=one.explainer,
+      dictionary=one.dictionary,
     )
     lines.append(made(baseline='', value=float(says[i])))
     if len(says) > 1:

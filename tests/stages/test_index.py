@@ -14,7 +14,7 @@ import pytest
 from lmm_sae.core import concepts, masks
 from lmm_sae.core.index import LatentIndex
 from lmm_sae.core.store import ActivationStore
-from lmm_sae.sae import exports
+from lmm_sae.sae import dictionaries, exports
 from lmm_sae.sae.baseview import BaseView
 from lmm_sae.stages import index as stage
 from tests import toy
@@ -210,3 +210,31 @@ def test_images_with_grids_of_their_own_are_refused(config, tmp_path):
       ValueError, match='grid of patches depends on the image'
     ):
       use()
+
+
+def test_dictionaries_beside_the_sae_are_indexed_as_it_is(config, tmp_path):
+  workdir = toy.make_workdir(tmp_path)
+  toy.make_store(workdir.acts('train'), 'train', range(24, 36))
+  config.index.dictionaries = ('untrained', 'neurons')
+  stage.run(config, workdir)
+  stores = {s: ActivationStore.open(workdir.acts(s)) for s in ('a', 'b')}
+  for name in ('', 'untrained', 'neurons'):
+    sae = dictionaries.load(workdir, toy.LAYER, name, config.seed)
+    for split, store in stores.items():
+      index = LatentIndex.open(workdir.index(toy.LAYER, split, name))
+      assert index.num_latents == sae.config.latents
+      fired_M = np.zeros(index.num_latents, int)
+      for sample in store.samples():
+        start, stop = store.span(sample)
+        kind_N = store.tokens(start, stop, ('kind',))['kind']
+        code = sae.encode(store.read(toy.LAYER, start, stop)[kind_N != 0])
+        some = code.idx_NK[code.vals_NK > index.meta.threshold]
+        fired_M += np.bincount(some, minlength=len(fired_M))
+      np.testing.assert_array_equal(index.stats['rows_fired'], fired_M)
+  rows = concepts.load(workdir, toy.LAYER, 'neurons')
+  assert len(rows) == 2 * toy.D
+  assert rows[0].concept == 'red'  # the toy's channels are its latents
+  assert len(concepts.load(workdir, toy.LAYER, 'untrained')) == toy.M
+  before = tree(tmp_path / 'index')
+  stage.run(config, workdir)
+  assert tree(tmp_path / 'index') == before
