@@ -76,7 +76,7 @@ FIGURES = (
     1,
   ),
 )
-SKIP = {'seconds', 'layers', 'format_version'}
+SKIP = {'seconds', 'layers', 'format_version', 'tables'}
 
 
 def number(value: float | int | None) -> str:

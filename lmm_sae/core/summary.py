@@ -274,7 +274,12 @@ def table(summary: dict[str, Any]) -> str:
   rows = [('figure', 'value', '95% CI', 'n', 'beside it')]
   beside = {name for names in BASELINES.values() for name in names}
   for name, figure in summary.items():
-    if name in beside or name in ('layers', 'format_version', 'seconds'):
+    if name in beside or name in (
+      'layers',
+      'format_version',
+      'seconds',
+      'tables',
+    ):
       continue
     others = ', '.join(
       f'{other.removeprefix(name + "_")} {_number(summary[other])}'
