@@ -26,7 +26,7 @@ def get_config() -> ConfigDict:
   config.sae.aux = 32
   config.index.dictionaries = ('untrained', 'neurons')
   config.explain.dictionaries = ('untrained', 'neurons')
-  config.explain.dictionary_limit = 24
+  config.explain.dictionary_limit = 40
   config.score.judge_model = 'base'  # the explainers' servers, which `all`
   config.score.second_model = 'small'  # starts, judge
   config.score.judged = 16

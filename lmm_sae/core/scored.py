@@ -13,6 +13,7 @@ is the first's less the second's over the latents that both have, in pairs.
 """
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -68,11 +69,12 @@ def figures(
   """Every score's figure and its baselines; of explainers the first leads."""
   table = table_of(scores)
   told = judges(workdir)
+  known = told if scores else None
   scorers = SCORERS | {'iou': iou_scorer(scores)}
   found = {}
   for name, scorer in scorers.items():
     each = {
-      who: _mean(table, '', who, scorer, '', bool(scores))
+      who: _mean(table, '', who, scorer, '', known)
       for who in explainers or ('',)
     }
     first = next(iter(each))
@@ -86,9 +88,7 @@ def figures(
       beside = other.removeprefix(f'{name}_')
       dictionary = beside if beside in DICTIONARIES else ''
       baseline = '' if dictionary else beside
-      found[other] = _mean(
-        table, dictionary, first, scorer, baseline, bool(scores)
-      )
+      found[other] = _mean(table, dictionary, first, scorer, baseline, known)
   return found
 
 
@@ -120,7 +120,32 @@ def difference(
 ) -> Figure:
   """The mean of one less that of the other, over what both have, in pairs."""
   both = sorted(set(one) & set(other))
-  return stats.mean_figure([one[m] - other[m] for m in both], reason)
+  return mean([one[m] - other[m] for m in both], reason)
+
+
+def share_difference(
+  one: Mapping[int, bool], other: Mapping[int, bool], reason: str
+) -> Figure:
+  """`difference` of shares of latents, with the interval of Agresti and Min
+  (Statistics in Medicine 24, 2005), which is one where no pair differs, too."""
+  both = sorted(set(one) & set(other))
+  if not both:
+    return stats.missing(reason)
+  n = len(both)
+  gained = sum(one[m] and not other[m] for m in both)
+  lost = sum(other[m] and not one[m] for m in both)
+  value, size = (gained - lost) / n, n + 2  # half a pair in each cell of four
+  centre = (gained - lost) / size
+  spread = math.sqrt((gained + lost + 1) / size**2 - centre**2 / size)
+  low, high = (centre + sign * stats.Z95 * spread for sign in (-1, 1))
+  ends = [max(-1.0, min(low, value)), min(1.0, max(high, value))]
+  return {'value': value, 'n': n, 'ci': ends}
+
+
+def mean(values: Sequence[float], reason: str, **more: Any) -> Figure:
+  """The figure of a mean; of a single latent there is no interval."""
+  figure = stats.mean_figure(values, reason, **more)
+  return figure | ({'ci': None} if len(values) == 1 else {})
 
 
 def _difference(table: Table, scorer: str, explainers: Sequence[str]) -> Figure:
@@ -141,14 +166,14 @@ def _mean(
   explainer: str,
   scorer: str,
   baseline: str,
-  scored: bool,
+  told: Mapping[str, Any] | None,
 ) -> Figure:
   values = table.get((dictionary, explainer, scorer, baseline), {})
   values = [values[m] for m in sorted(values)]
   of = any(key[0] == dictionary for key in table)
   asked = any(key[2] == scorer for key in table)
   reason = f'no latent has a score `{scorer}`'
-  if not scored:
+  if told is None:
     reason = 'nothing was scored: run `lmm-sae score`'
   elif not of:
     reason = (
@@ -156,18 +181,29 @@ def _mean(
       'index.dictionaries and explain.dictionaries'
     )
   elif not asked and scorer not in (*GROUNDED, 'iou_exact'):
-    reason = f'no judge was asked: {_why_unasked(scorer)}'
+    reason = _unasked(told, scorer)
   elif baseline == 'random' and scorer not in (*GROUNDED, 'iou_exact'):
     reason = SILENT
-  return stats.mean_figure(values, reason, scorer=scorer)
+  return mean(values, reason, scorer=scorer)
 
 
-def _why_unasked(scorer: str) -> str:
+def _unasked(told: Mapping[str, Any], scorer: str) -> str:
+  """Why no latent has a judge's score."""
+  if not told:
+    return 'no judge was asked: give score.judge_model'
   if scorer == AGREE:
-    return 'give score.second_model, beside score.judge_model'
-  if scorer.endswith('_text'):
-    return 'give score.judge_model; of text latents, if there are any'
-  return 'give score.judge_url or score.judge_model'
+    if not told['second']:
+      return 'there is no second judge: give score.second_model'
+    return 'there is no question that both judges answered'
+  task = told['judges'][told['first']].get(scorer)
+  if task is None:
+    kind = 'text alone' if scorer.endswith('_text') else 'images'
+    return f'none of the latents drawn for the judge fires on {kind}'
+  return (
+    f'of {task["asked"]} answers of the judge {told["first"]}, '
+    f'{task["unread"]} say neither, {task["failed"]} could not be had: no '
+    'latent has answers on both sides'
+  )
 
 
 def _judge(told: Mapping[str, Any], scorer: str) -> dict[str, Any]:

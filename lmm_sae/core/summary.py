@@ -176,13 +176,13 @@ def _right_difference(
   names = list(by_explainer)[:2]
   right = [
     {
-      row.latent: float(concepts.says(texts[row.latent], row.concept))
+      row.latent: concepts.says(texts[row.latent], row.concept)
       for row in concepts.of_objects(truth, texts)
     }
     for texts in (by_explainer[name] for name in names)
   ]
   reason = 'no such latent has both explanations' if truth else NO_TRUTH
-  return {**scored.difference(*right, reason), 'of': names}
+  return {**scored.share_difference(*right, reason), 'of': names}
 
 
 def _right_of(

@@ -11,7 +11,7 @@ import collections
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from lmm_sae.core import stats
+from lmm_sae.core import scored, stats
 from lmm_sae.core.explaining import CATEGORIES
 from lmm_sae.core.findings import FATES, Findings
 from lmm_sae.core.records import DICTIONARIES
@@ -90,7 +90,7 @@ def _row(
       for table in own.values()
       if '' in table.get(scorer, {})
     ]
-    make = stats.share_figure if name == 'right' else stats.mean_figure
+    make = stats.share_figure if name == 'right' else scored.mean
     figures[name] = make(values, f'no latent of these has a score `{scorer}`')
   return {
     'latents': len(latents),
