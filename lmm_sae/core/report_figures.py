@@ -139,7 +139,8 @@ def number(value: float | int | None) -> str:
     return f'{int(value):,}'
   size = abs(value)
   places = 0 if size >= 100 else 1 if size >= 10 else 2
-  return f'{value:.{3 if 0 < size < 0.1 else places}f}'
+  text = f'{value:.{3 if 0 < size < 0.1 else places}f}'
+  return text if float(text) else text.removeprefix('-')
 
 
 def percent(share: float) -> str:

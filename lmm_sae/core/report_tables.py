@@ -1,7 +1,7 @@
 """Tables of the report: scores beside all their baselines, groups, layers.
 
-A cell is {text, note}, or None where there is nothing to tell; a row may have a
-`note` of its own. What a figure lacks is told with its reason.
+A cell is {text, note, count}, or None where there is nothing to tell; a row may
+have a `note` of its own, and a `reason` instead of cells.
 """
 
 from collections.abc import Sequence
@@ -122,9 +122,11 @@ def _difference(summary: dict[str, Any], name: str) -> dict[str, Any]:
 def _cell(figure: dict[str, Any] | None) -> Cell:
   if figure is None or figure['value'] is None:
     return None
-  note = [interval(figure['ci'])] if figure['ci'] else []
-  note.append(f'n {number(figure["n"])}')
-  return {'text': number(figure['value']), 'note': ', '.join(note)}
+  return {
+    'text': number(figure['value']),
+    'note': interval(figure['ci']),
+    'count': f'n {number(figure["n"])}',
+  }
 
 
 def beside(tables: dict[str, Any]) -> list[dict[str, Any]]:

@@ -143,9 +143,10 @@ def share_difference(
 
 
 def mean(values: Sequence[float], reason: str, **more: Any) -> Figure:
-  """The figure of a mean; of a single latent there is no interval."""
+  """The figure of a mean; where all values are the same, or there is but one,
+  drawing them again would say nothing: there is no interval."""
   figure = stats.mean_figure(values, reason, **more)
-  return figure | ({'ci': None} if len(values) == 1 else {})
+  return figure | ({'ci': None} if len(set(values)) == 1 else {})
 
 
 def _difference(table: Table, scorer: str, explainers: Sequence[str]) -> Figure:

@@ -101,7 +101,7 @@ def test_scores_stand_beside_every_baseline(made):
   figures = json.loads(made[1].file('summary.json').read_text())
   table = text[text.index('Do the explanations hold') :]
   rows = re.findall(r'<tr><th scope="row">(.*?)</tr>', table, re.DOTALL)
-  row = next(one for one in rows if one.startswith('<b>IoU</b>'))
+  row = next(one for one in rows if '<b>IoU</b>' in one)
   cells = re.findall(r'<td class="num">([\d.-]+)<br>', row)
   iou = figures['iou']
   wanted = [
@@ -114,11 +114,11 @@ def test_scores_stand_beside_every_baseline(made):
     ),
   ]
   assert cells == [report_figures.number(value) for value in wanted]
-  row = next(one for one in rows if one.startswith('<b>Intruder</b>'))
+  row = next(one for one in rows if '<b>Intruder</b>' in one)
   assert 'guessing: 0.20; judge base where answers are known: 0.25' in row
   assert 'Take care: this judge does not beat chance' in row
   assert table.count('Take care') == 1
-  row = next(one for one in rows if one.startswith('<b>Detection in text</b>'))
+  row = next(one for one in rows if '<b>Detection in text</b>' in one)
   assert 'fires on text alone' in row
   for words in ('Untrained SAE', 'Raw neurons', 'By category', 'By kind of'):
     assert words in table
