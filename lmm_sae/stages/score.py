@@ -30,8 +30,8 @@ accuracy, chance 1 in explain.exemplars. `random` would say no more than that:
 silent pictures are random ones, on which a label is right by chance. A second
 judge gives `consistency`, the share of answers on which the two agree.
 judgements.jsonl has every answer; judges.json how each judge fared on questions
-whose answers are known, and how far two agree. An answer that could not be had,
-or says neither, is counted there and in no accuracy.
+whose answers are known, and how far two agree. An answer that could not be had
+is counted there and in no accuracy; one that says neither yes nor no is wrong.
 
 Run it again and what is missing is scored.
 """
