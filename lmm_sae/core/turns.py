@@ -11,7 +11,7 @@ GONE_S = 10.0  # for which a server that does not listen, or hangs, is last
 class Turns:
   """Of `count` servers; may be shared by threads.
 
-  `backoff_s` is the pause before one is asked the same again, doubled each time.
+  `backoff_s`: the pause before one is asked the same again; doubled each time.
   """
 
   def __init__(self, count: int, backoff_s: float):
