@@ -25,8 +25,8 @@ FAULTS = {
   '500': (0.05, '500'),
   '503': (0.04, '503'),
   '429': (0.04, '429'),
-  'stall': (0.01, 'timeout'),  # not a byte
-  'drip': (0.01, 'timeout'),  # a byte now and then, for ever
+  'stall': (0.006, 'timeout'),  # not a byte
+  'drip': (0.006, 'timeout'),  # a byte now and then, for ever
   'close': (0.03, 'connection'),
   'reset': (0.03, 'connection'),
   'torn': (0.04, 'connection'),  # half of a body

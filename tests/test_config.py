@@ -123,6 +123,7 @@ def test_config_json_runs_the_same_again(run, config):
 
 def test_no_secret_reaches_the_disk(tmp_path, config):
   config.explain.api_key = 'sesame'
+  config.explain.refine_key = config.explain.category_key = 'sesame'
   config.server.token = 'sesame'
   workdir = Workdir.of(tmp_path)
   configs.save(config, workdir)
@@ -176,6 +177,16 @@ def test_a_change_under_checkpoints_is_refused(run, config):
 def test_a_change_that_leaves_the_sae_as_it_is_is_taken(run, config):
   run.file('sae/2/5').mkdir(parents=True)
   config.train.save_every, config.train.devices = 7, 3
+  configs.prepare(config, run)
+
+
+def test_explanations_of_one_workdir_were_shown_the_same(run, config):
+  config.explain.update({'model': 'other', 'max_tokens': 9, 'mask': 'paper'})
+  configs.prepare(config, run)
+  run.file('explanations.jsonl').touch()
+  with pytest.raises(ValueError, match=r"explain.mask='exact'.*now.*'paper'"):
+    configs.prepare(config, run)
+  config.explain.mask = 'exact'
   configs.prepare(config, run)
 
 

@@ -26,13 +26,13 @@ from PIL import Image
 
 from lmm_sae.core import completions, prompts, records, wire
 from lmm_sae.core.completions import Answer, ChatError
+from lmm_sae.core.turns import Turns
 from lmm_sae.core.usage import Usage
 
 __all__ = ['FIELDS', 'Answer', 'ChatClient', 'ChatError']
 
-LONGEST_PAUSE_S = 30.0  # between two attempts, of our own accord
 LONGEST_REST_S = 900.0  # that a server may ask for before the run ends
-GONE_S = 10.0  # for which a server that does not listen is asked last
+CONNECT_S = 10.0  # at most, of an attempt, until the server takes it
 LARGEST = 16 << 20  # bytes of an answer
 REFUSALS = 8  # requests refused at the start, and none answered, end the run
 LOCKS = 1024  # requests of one lock wait for one another: far more than threads
@@ -100,11 +100,11 @@ class ChatClient:
       raise ValueError(f'{self._url_field}: no URL of a chat server is given')
     self.model = model
     self._urls = urls
-    self._servers = _Servers(len(urls), backoff_s)
+    self._turns = Turns(len(urls), backoff_s)
     key = (api_key or os.environ.get('OPENAI_API_KEY', '')).strip()
     self._clients = {
       remote: httpx.Client(
-        timeout=timeout_s,
+        timeout=httpx.Timeout(timeout_s, connect=min(timeout_s, CONNECT_S)),
         # An answer that a server sends twice would be read as the answer to
         # the next request of that connection: there is none.
         limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),
@@ -123,7 +123,7 @@ class ChatClient:
     self._refusals = 0
     self._locks = [threading.Lock() for _ in range(LOCKS)]
     self._stop = threading.Event()
-    self._fatal: Exception | None = None
+    self._fatal: ConnectionError | ValueError | None = None
 
   def __enter__(self) -> 'ChatClient':
     return self
@@ -133,12 +133,17 @@ class ChatClient:
     for client in self._clients.values():
       client.close()
 
+  def stop(self, why: ConnectionError | ValueError) -> None:
+    """Nothing is asked any more, nor waited for: `ask` raises `why`."""
+    self._fatal = self._fatal or why
+    self._stop.set()
+
   def ask(self, text: str, images: Sequence[Image.Image] = ()) -> Answer:
     """The answer to one user message of images, in order, and text.
 
     Raises:
       ChatError: every attempt failed, or the server refuses this request.
-      ConnectionError: nobody listens at the URL.
+      ConnectionError: nobody listens at the URL, or the client was stopped.
       ValueError: the server knows no such model, or wants another key.
     """
     request = {
@@ -161,8 +166,7 @@ class ChatClient:
         self._usage.add(failed=1)
         raise
       except (ConnectionError, ValueError) as error:
-        self._fatal = error
-        self._stop.set()  # those who wait for another attempt need not
+        self.stop(error)
         raise
       # Counted first: who is killed in between pays for the answer again.
       self._usage.add(requests=1, **_counts(tokens))
@@ -175,14 +179,8 @@ class ChatClient:
     gone: set[int] = set()
     left = self._retries + 1
     while True:
-      place, pause_s = self._servers.choose(turn, tries)
-      if pause_s > LONGEST_REST_S:
-        raise ConnectionError(
-          f'{self._urls[place]} asks to be left alone for {pause_s:.0f} s: run '
-          'this again then; answers had so far are kept'
-        )
-      if pause_s > 0 and self._stop.wait(pause_s):
-        raise type(self._fatal)(str(self._fatal)) from self._fatal
+      place, pause_s = self._turns.choose(turn, tries)
+      self._pause(place, pause_s)
       tries[place] += 1
       gone.discard(place)
       try:
@@ -195,7 +193,8 @@ class ChatClient:
         if error.refused:
           self._refuse(place, error)
           raise
-        self._servers.failed(place, error.rest_s, error.gone)
+        hangs = error.gone or error.fault == 'timeout'
+        self._turns.failed(place, error.rest_s, hangs)
         if error.gone:
           gone.add(place)
         elsewhere = len(tries) < len(self._urls)  # costs no attempt
@@ -212,6 +211,20 @@ class ChatClient:
         raise ChatError(
           f'{count} attempts failed, at last: {error}', error.fault
         ) from error
+
+  def _pause(self, place: int, pause_s: float) -> None:
+    """Waits so long, and until the server wants no rest any more."""
+    while True:
+      if pause_s > LONGEST_REST_S:
+        raise ConnectionError(
+          f'{self._urls[place]} asks to be left alone for {pause_s:.0f} s: run '
+          'this again then; answers had so far are kept'
+        )
+      if self._stop.wait(pause_s):
+        raise type(self._fatal)(str(self._fatal)) from self._fatal
+      pause_s = self._turns.rest_s(place)
+      if not pause_s:
+        return
 
   def _post(self, place: int, body: bytes) -> tuple[Answer, tuple[int, int]]:
     """One attempt: (answer, tokens of the prompt and of the answer).
@@ -232,12 +245,13 @@ class ChatClient:
             raise ChatError(f'no end after {self._timeout_s:g} s', 'timeout')
           if len(data) > LARGEST:
             raise ChatError(f'more than {LARGEST} bytes', 'too large')
-    except httpx.TimeoutException as error:
-      raise ChatError(f'{type(error).__name__}: {error}', 'timeout') from error
     except httpx.HTTPError as error:
-      why = f'{type(error).__name__}: {error}'
-      away = _nobody_listens(error)
-      raise ChatError(why, 'connection', gone=away) from error
+      late = isinstance(error, httpx.TimeoutException)
+      raise ChatError(
+        f'{type(error).__name__}: {error}',
+        'timeout' if late else 'connection',
+        gone=_nobody_listens(error),
+      ) from error
     if response.is_success:
       return completions.read(bytes(data), self._max_tokens)
     said = data[:300].decode(errors='replace')
@@ -282,48 +296,6 @@ class ChatClient:
     return self._cache / key[:2] / f'{key}.json'
 
 
-class _Servers:
-  """Which server is asked next, and how long it is waited for."""
-
-  def __init__(self, count: int, backoff_s: float):
-    self._backoff_s = backoff_s
-    self._lock = threading.Lock()
-    self._rest_until = [0.0] * count
-    self._gone_until = [0.0] * count
-
-  def choose(
-    self, turn: int, tries: collections.Counter[int]
-  ) -> tuple[int, float]:
-    """(place, pause in s) of the next attempt of a request.
-
-    The one that need not be waited for, that listens, that was tried least;
-    then they take turns. All requests keep a server's rest.
-    """
-    now = time.monotonic()
-    with self._lock:
-      ranked = []
-      count = len(self._rest_until)
-      for i in range(count):
-        pause_s = 0.0
-        if tries[i]:
-          pause_s = self._backoff_s * 2 ** min(tries[i] - 1, 30)
-          # not all at once: threads that failed together come apart
-          pause_s = min(pause_s, LONGEST_PAUSE_S) * (1 + (turn % 64) / 128)
-        pause_s = max(pause_s, self._rest_until[i] - now)
-        gone = now < self._gone_until[i]
-        ranked.append((gone, pause_s, tries[i], (i - turn) % count, i))
-    _, pause_s, _, _, place = min(ranked)
-    return place, max(pause_s, 0.0)
-
-  def failed(self, place: int, rest_s: float, gone: bool) -> None:
-    """Takes a server's wish for rest, or that nobody listened."""
-    now = time.monotonic()
-    with self._lock:
-      self._rest_until[place] = max(self._rest_until[place], now + rest_s)
-      if gone:
-        self._gone_until[place] = now + GONE_S
-
-
 def _counts(tokens: tuple[int, int]) -> dict[str, int]:
   names = ('prompt_tokens', 'completion_tokens')
   return {name: n for name, n in zip(names, tokens, strict=True) if n}
@@ -349,7 +321,9 @@ def _data_url(image: Image.Image) -> str:
 def _nobody_listens(error: BaseException | None) -> bool:
   """As against a server that broke off."""
   while error is not None:
-    if isinstance(error, ConnectionRefusedError | socket.gaierror):
+    if isinstance(
+      error, ConnectionRefusedError | socket.gaierror | httpx.ConnectTimeout
+    ):
       return True
     error = error.__cause__ or error.__context__
   return False

@@ -48,6 +48,13 @@ FIXED = {
   ),
   'sae': (('seed', 'acts', 'lmm.layers', 'sae.'), 'train'),
   'sae/*/*[0-9]': (('train.',), 'train'),  # checkpoints
+  'explanations.jsonl': (
+    (
+      *('explain.split', 'explain.exemplars', 'explain.pixels'),
+      *('explain.mask', 'explain.threshold'),  # score and report, too
+    ),
+    'explain',
+  ),
 }
 # What a training that goes on may be told anew: the SAE comes out the same.
 FREE = (

@@ -160,6 +160,11 @@ class Explainer:
     kept = set(asked[: self.opts.limit])
     return [m for m in chosen if m in kept or self._fate(m)]
 
+  def stop(self) -> None:
+    """Asks nothing any more."""
+    for chat in self._chats:
+      chat.stop(ConnectionError('explain was stopped'))
+
   def explain(self, latent: int) -> Explanation:
     """The explanation, or why there is none.
 

@@ -145,8 +145,9 @@ class Explanation:
   """What an explainer said of one latent.
 
   Attributes:
-    outcome: `explained`, `no_pattern` (the explainer sees none), `failed` (no
-      answer could be had), `dead` (never fires on an image), `always_on`.
+    outcome: `explained`, `no_pattern` (the explainer sees none), `failed` (an
+      answer could not be had: text and label are what was had before it),
+      `dead` (never fires on an image), `always_on`.
     text: the explainer's answer; label: the refiner's short form; category: one
       of the Network Dissection kinds.
     explainer: name of the model that answered.
@@ -364,11 +365,17 @@ class Appender:
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
-  """Writes a JSON file as a whole or not at all."""
+  """Writes a JSON file as a whole or not at all.
+
+  Raises:
+    OSError: it cannot be written; its `filename` says which one.
+  """
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   part = path.with_name(path.name + '.part')
-  part.write_text(
-    json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + '\n'
-  )
+  text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
+  try:
+    part.write_text(text + '\n')
+  except OSError as error:  # that of a full disk names no file
+    raise OSError(error.errno, error.strerror, str(part)) from error
   part.replace(path)

@@ -16,7 +16,7 @@ import collections
 import concurrent.futures
 import contextlib
 import pathlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from absl import logging
@@ -125,12 +125,14 @@ def explain(explainer: 'Explainer', path: pathlib.Path) -> None:
         if _whose(line) == _asker(explainer)
       }
       todo = [m for m in explainer.chosen() if m not in done]
-      answers = _in_order(explainer.explain, todo, explainer.opts.concurrency)
-      for explanation in progress.track(
-        answers, len(todo), f'explain {_what(explainer)}: latents'
-      ):
-        file.add(explanation)
-        fates[explanation.outcome] += 1
+      answers = _in_order(
+        explainer.explain, todo, explainer.opts.concurrency, explainer.stop
+      )
+      what = f'explain {_what(explainer)}: latents'
+      with contextlib.closing(answers):
+        for explanation in progress.track(answers, len(todo), what):
+          file.add(explanation)
+          fates[explanation.outcome] += 1
   except ValueError:  # no such model: its failures are no explainer's
     _drop_failed(path, explainer)
     raise
@@ -145,19 +147,27 @@ def explain(explainer: 'Explainer', path: pathlib.Path) -> None:
 
 
 def _in_order(
-  function: Callable[[T], U], items: Iterable[T], threads: int
-) -> Iterator[U]:
-  """function(item) for each item, in order, on threads; stops at an error."""
+  function: Callable[[T], U],
+  items: Iterable[T],
+  threads: int,
+  stop: Callable[[], None],
+) -> Generator[U, None, None]:
+  """function(item) for each item, in order, on threads; at an error, or where
+  it is left early, `stop` tells those under way that they need not go on."""
   with concurrent.futures.ThreadPoolExecutor(threads) as pool:
     ahead: collections.deque[concurrent.futures.Future[U]] = collections.deque()
     try:
       for item in items:
         ahead.append(pool.submit(function, item))
         if len(ahead) >= threads * AHEAD:
-          yield ahead.popleft().result()
+          yield ahead[0].result()
+          ahead.popleft()
       while ahead:
-        yield ahead.popleft().result()
+        yield ahead[0].result()
+        ahead.popleft()
     finally:
+      if ahead:
+        stop()
       for future in ahead:
         future.cancel()
 

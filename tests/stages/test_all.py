@@ -183,7 +183,9 @@ def test_a_signal_ends_stage_and_servers(tmp_path, workdir, root, number, code):
   driver.write_text(
     textwrap.dedent(
       f"""
+      import signal
       import sys
+      signal.signal(signal.SIGINT, signal.default_int_handler)  # under nohup
       sys.path.insert(0, {str(root)!r})
       from lmm_sae.core import config as configs
       from lmm_sae.core.workdir import Workdir
@@ -206,11 +208,14 @@ def test_a_signal_ends_stage_and_servers(tmp_path, workdir, root, number, code):
     [sys.executable, str(driver)], env=os.environ | {'HANG': 'index'}
   )
   until = time.monotonic() + 60
-  while not alive(workdir, 'index') or not alive(workdir, 'serve'):
-    assert time.monotonic() < until
-    time.sleep(0.05)
-  process.send_signal(number)
-  assert process.wait(60) == code
+  try:
+    while not alive(workdir, 'index') or not alive(workdir, 'serve'):
+      assert time.monotonic() < until
+      time.sleep(0.05)
+    process.send_signal(number)
+    assert process.wait(60) == code
+  finally:
+    process.kill()
   assert not alive(workdir, 'index')
   assert not alive(workdir, 'serve')
 

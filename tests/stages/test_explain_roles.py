@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import time
 
 import numpy as np
 import pytest
@@ -148,6 +149,24 @@ def test_a_refiner_that_is_away_ends_the_run_and_keeps_the_explanations(
   texts = [str(request) for request in servers[0].requests]
   assert len(texts) > asked
   assert max(collections.Counter(texts).values()) == 1
+
+
+def test_a_run_that_is_left_asks_no_further(
+  config, workdir, servers, monkeypatch
+):
+  config.explain.update({'retries': 4, 'concurrency': 2})
+  servers[0].faults = ['500'] * 99
+
+  def leave(*_):
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(stage.progress, 'track', lambda answers, *_: answers)
+  monkeypatch.setattr(stage.records.Appender, 'add', leave)
+  config.explain.latents = (4, 5)  # the first is done at once: always on
+  began = time.monotonic()
+  with pytest.raises(KeyboardInterrupt):
+    stage.run(config, workdir)
+  assert time.monotonic() - began < 3  # four pauses are 7.5 s and more
 
 
 # Runs the stage until the n-th answer is had, dies before or after it is kept,
