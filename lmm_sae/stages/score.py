@@ -54,8 +54,8 @@ from lmm_sae.core import (
 )
 from lmm_sae.core import trials as trials_lib
 from lmm_sae.core.chat import ChatClient
-from lmm_sae.core.drawn import open_index
 from lmm_sae.core.grounded import Bench, short
+from lmm_sae.core.index import LatentIndex
 from lmm_sae.core.records import Explanation, Score
 from lmm_sae.core.remote import SubjectClient
 from lmm_sae.core.store import ActivationStore
@@ -190,7 +190,7 @@ def _bench(config, opts, workdir, layer, dictionary, client) -> Bench:
     grounded.Settings(opts.images, opts.random, opts.box_threshold),
     config.seed,
     config.explain.threshold,
-    open_index(index),
+    LatentIndex.open(index),
     BaseView(ActivationStore.open(workdir.acts(split)), layer, sae),
     client,
   )
