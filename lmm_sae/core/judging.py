@@ -64,9 +64,13 @@ class Judgement:
 
   @property
   def answered(self) -> list[tuple[str, str]]:
-    """(expected, said) of the questions that were answered."""
+    """(expected, said) of the questions that did not fail.
+
+    An answer that says neither stays, as a wrong one: a judge that speaks only
+    where it is sure is not a better one.
+    """
     pairs = zip(self.expected, self.said, strict=True)
-    return [(want, said) for want, said in pairs if said not in ('', FAILED)]
+    return [(want, said) for want, said in pairs if said != FAILED]
 
   @property
   def failed(self) -> int:

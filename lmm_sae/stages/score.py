@@ -29,8 +29,8 @@ accuracy, chance 1 in explain.exemplars. `random` would say no more than that:
 silent pictures are random ones, on which a label is right by chance. A second
 judge gives `consistency`, the share of answers on which the two agree.
 judgements.jsonl has every answer; judges.json how each judge fared on questions
-whose answers are known, and how far two agree. An answer that could not be had,
-or says neither, is counted there and in no accuracy.
+whose answers are known, and how far two agree. An answer that could not be had
+is counted there and in no accuracy; one that says neither yes nor no is wrong.
 
 Run it again and what is missing is scored.
 """
@@ -53,8 +53,8 @@ from lmm_sae.core import (
 )
 from lmm_sae.core import trials as trials_lib
 from lmm_sae.core.chat import ChatClient
-from lmm_sae.core.drawn import open_index
 from lmm_sae.core.grounded import Bench, short
+from lmm_sae.core.index import LatentIndex
 from lmm_sae.core.records import Explanation, Score
 from lmm_sae.core.remote import SubjectClient
 from lmm_sae.core.store import ActivationStore
@@ -189,7 +189,7 @@ def _bench(config, opts, workdir, layer, dictionary, client) -> Bench:
     grounded.Settings(opts.images, opts.random, opts.box_threshold),
     config.seed,
     config.explain.threshold,
-    open_index(index),
+    LatentIndex.open(index),
     BaseView(ActivationStore.open(workdir.acts(split)), layer, sae),
     client,
   )

@@ -22,6 +22,13 @@ def line(**changes) -> Judgement:
   return dataclasses.replace(LINE, **changes)
 
 
+def test_what_says_nothing_is_wrong():
+  mumbled = line(said=('', 'yes', 'no', '', 'no'))
+  assert judging.accuracy(mumbled.answered) == pytest.approx(
+    (1 / 2 + 2 / 3) / 2
+  )
+
+
 def test_accuracy_is_balanced_between_true_and_false():
   assert judging.accuracy(LINE.answered) == (1 / 2 + 2 / 2) / 2
   assert judging.accuracy([('yes', 'yes')]) is None
@@ -32,8 +39,8 @@ def test_accuracy_is_balanced_between_true_and_false():
 def test_a_figure_of_accuracy_is_of_all_lines_and_tells_its_n():
   lines = [line(said=('yes', 'yes', 'no', 'yes', '')), LINE]
   found = judging.accuracy_figure(lines, 'none', 0, 200)
-  assert found['value'] == pytest.approx((3 / 4 + 3 / 4) / 2)
-  assert (found['n'], found['lines']) == (8, 2)
+  assert found['value'] == pytest.approx((3 / 4 + 3 / 5) / 2)
+  assert (found['n'], found['lines']) == (9, 2)
   assert found['ci'][0] <= found['value'] <= found['ci'][1]
   numbers = [line(expected=('1', '3'), said=('1', '2'), choices=5)]
   assert judging.accuracy_figure(numbers, 'none', 0, 20)['value'] == 1 / 2
@@ -81,7 +88,7 @@ def test_an_answer_that_cannot_be_had_is_a_failure_of_its_own():
   found = list(judging.answers(Chat(), iter(made), 3))
   assert [one.latent for one in found] == list(range(judging.AT_ONCE + 3))
   assert {one.said for one in found} == {('yes', FAILED, '', 'yes')}
-  assert found[0].answered == [('yes', 'yes'), ('no', 'yes')]
+  assert found[0].answered == [('yes', 'yes'), ('no', ''), ('no', 'yes')]
   told = judging.summary(found, 'one', '', 0, 20)['judges']['one']
   assert told['detection'] | {'calibration': None} == {
     'chance': 1 / 2,
@@ -92,7 +99,7 @@ def test_an_answer_that_cannot_be_had_is_a_failure_of_its_own():
     'unread': len(found),
   }
   (score, *_) = judged.scores(found, 'one', '')
-  assert (score.value, score.n) == (1 / 2, 2)
+  assert (score.value, score.n) == (1 / 2, 3)
 
 
 def test_a_judge_that_guesses_is_not_trusted():
@@ -121,7 +128,7 @@ def test_judges_are_compared_on_what_both_answered():
 
 
 def test_a_task_with_one_side_alone_has_no_score():
-  silent = line(said=('', FAILED, 'no', 'no', 'no'))
+  silent = line(said=(FAILED, FAILED, 'no', 'no', 'no'))
   assert judged.scores([silent], 'one', '') == []
 
 

@@ -14,7 +14,7 @@ import pytest
 from lmm_sae.core import concepts, masks
 from lmm_sae.core.index import LatentIndex
 from lmm_sae.core.store import ActivationStore
-from lmm_sae.sae import dictionaries, exports
+from lmm_sae.sae import dictionaries, exports, index_parts
 from lmm_sae.sae.baseview import BaseView
 from lmm_sae.stages import index as stage
 from tests import toy
@@ -137,21 +137,22 @@ def test_copies_of_an_image_are_one_exemplar(config, tmp_path):
 KILLED = """
   import os, signal
   from experiments import base
-  from lmm_sae.core import index_build, index_merge
+  from lmm_sae.core import index_build, index_tables
   from lmm_sae.core.workdir import Workdir
+  from lmm_sae.sae import index_parts
   from lmm_sae.stages import index as stage
 
   def kill(*_):
     os.kill(os.getpid(), signal.SIGKILL)
 
-  stage.PART_SAMPLES = 3
+  index_parts.PART_SAMPLES = 3
   save = index_build.Part.save
   def save_and_count(self, path):
     save(self, path)
     if path.name == {part!r}:
       kill()
   if {part!r} == 'merge':
-    index_merge._write_texts = kill
+    index_tables.Writer.texts = kill
   else:
     index_build.Part.save = save_and_count
   config = base.get_config()
@@ -162,7 +163,7 @@ KILLED = """
 """
 
 
-@pytest.mark.parametrize('part', ['00000003.npz', 'merge'])
+@pytest.mark.parametrize('part', ['00000003', 'merge'])
 def test_killed_and_resumed_is_as_uninterrupted(
   config, tmp_path, root, monkeypatch, part
 ):
@@ -175,7 +176,7 @@ def test_killed_and_resumed_is_as_uninterrupted(
     check=False,
   )
   assert done.returncode == -signal.SIGKILL
-  monkeypatch.setattr(stage, 'PART_SAMPLES', 3)
+  monkeypatch.setattr(index_parts, 'PART_SAMPLES', 3)
   stage.run(config, workdir)
   other = toy.make_workdir(tmp_path / 'whole')
   stage.run(config, other)
@@ -186,14 +187,16 @@ def test_an_empty_split_is_refused(config, tmp_path):
   workdir = toy.make_workdir(tmp_path)
   store = ActivationStore.open(workdir.acts('a'))
   store.samples = list
+  job = index_parts.Job(
+    workdir.index(toy.LAYER, 'a'),
+    workdir.acts('a'),
+    workdir,
+    toy.LAYER,
+    '',
+    index_parts.IndexConfig(**config.index),
+  )
   with pytest.raises(ValueError, match='nothing to index'):
-    stage.build(
-      workdir.index(toy.LAYER, 'a'),
-      store,
-      toy.LAYER,
-      stage.IndexConfig(**config.index),
-      stage.exports.load(workdir.export(toy.LAYER)),
-    )
+    stage.build(job, store, exports.load(workdir.export(toy.LAYER)))
 
 
 def test_images_with_grids_of_their_own_are_refused(config, tmp_path):
