@@ -223,10 +223,10 @@ class Part:
     ):
       some = fired.take(np.isin(kind, kinds))
       np.maximum.at(self._peaks[name], some.latent, some.value)
-    first = tokens['image'][fired.row] <= 0
+    other = np.isin(kind, IMAGE) & (tokens['image'][fired.row] > 0)
     for name, kinds in VIEWS.items():
       self._counted[name] += np.bincount(
-        fired.latent[first & np.isin(kind, kinds)], minlength=latents
+        fired.latent[np.isin(kind, kinds) & ~other], minlength=latents
       )
 
   def _post(
