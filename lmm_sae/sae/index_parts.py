@@ -12,7 +12,7 @@ import multiprocessing
 import os
 import pathlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from multiprocessing import connection
 
 import jax
@@ -27,9 +27,10 @@ from lmm_sae.core.workdir import Workdir
 from lmm_sae.sae import exports, share
 from lmm_sae.sae import mesh as mesh_lib
 
-PART_SAMPLES = 1024  # of a part at most: so much is lost by a broken run
+PART_SAMPLES = 256  # of a part: so much is lost when work is broken off
 PARTS = 4  # that a further process must have to make, to be worth its start
-CHUNK_BYTES = 320  # a firing, while a chunk is added
+CHUNK_BYTES = 800  # a firing, while a chunk is added
+COPIES = 3  # of what a part holds, while it is sorted
 MB = 1 << 20
 TOKENS = ('sample', 'position', 'token', 'kind', 'image', 'row', 'col')
 
@@ -155,41 +156,28 @@ def source(store: ActivationStore, opts: IndexConfig, sae: exports.Sae) -> str:
   return f'sae {share.firing(sae)}, store and settings {rest.hexdigest()}'
 
 
-def cuts(
+def chunk_rows(
   spans: Sequence[tuple[int, int]], latents: int, k: int, memory_mb: int
-) -> list[int]:
-  """At which of the samples each part begins, that it may fit in memory.
+) -> int:
+  """How many rows may be added at a time: they take half of the memory.
 
   Raises:
-    ValueError: one sample alone does not.
+    ValueError: the largest sample has more.
   """
-  rows_S = np.array([stop - start for start, stop in spans])
-  most = _free(latents, memory_mb) // 2 // (k * index_build.FIRING_BYTES)
-  least = int(rows_S.max())
-  if min(most, _chunk_rows(latents, k, memory_mb)) < least:
-    needs = least * k * 2 * max(index_build.FIRING_BYTES, CHUNK_BYTES)
-    needs = (needs + latents * index_build.LATENT_BYTES) // MB + 1
+  rows = _free(latents, memory_mb) // 2 // (k * CHUNK_BYTES)
+  least = max(stop - start for start, stop in spans)
+  if rows < least:
+    needs = 2 * least * k * CHUNK_BYTES + latents * index_build.LATENT_BYTES
     raise ValueError(
       f'index.memory_mb is {memory_mb}, but a sample of {least} tokens with '
-      f'{k} of {latents} latents each needs {needs}: set it to that at least'
+      f'{k} of {latents} latents each needs {needs // MB + 1}: set it to that '
+      'at least'
     )
-  begins, rows = [0], 0
-  for i, count in enumerate(rows_S.tolist()):
-    if i > begins[-1] and (
-      rows + count > most or i - begins[-1] >= PART_SAMPLES
-    ):
-      begins.append(i)
-      rows = 0
-    rows += count
-  return begins
+  return rows
 
 
 def _free(latents: int, memory_mb: int) -> int:
   return max(memory_mb * MB - latents * index_build.LATENT_BYTES, 0)
-
-
-def _chunk_rows(latents: int, k: int, memory_mb: int) -> int:
-  return _free(latents, memory_mb) // 2 // (k * CHUNK_BYTES)
 
 
 def plan(job: Job, made_of: str, begins: list[int]) -> list[int]:
@@ -295,7 +283,9 @@ def _work(
   latents, opts = sae.config.latents, job.opts
   shape = job.shape(store, latents)
   duplicate_S = near_duplicates(job, store)
-  rows = _chunk_rows(latents, sae.config.most, opts.memory_mb)
+  rows = chunk_rows(spans, latents, sae.config.most, opts.memory_mb)
+  most = _free(latents, opts.memory_mb) // 2 // COPIES
+  edges = {start for start, _ in store.ranges}
   floors, seen = {}, set()
   ends = dict(zip(begins, [*begins[1:], len(spans)], strict=True))
   parent = multiprocessing.parent_process()
@@ -307,8 +297,10 @@ def _work(
     if job.part(at).exists():
       continue
     _raise_floors(job, begins, floors, seen, shape)
-    part = index_build.Part(shape, duplicate_S, floors)
-    for start, stop in chunks(spans[at : ends[at]], min(opts.rows, rows)):
+    part = index_build.Part(shape, duplicate_S, floors, job.part(at), most)
+    for start, stop in chunks(
+      spans[at : ends[at]], min(opts.rows, rows), edges
+    ):
       tokens = store.tokens(start, stop, TOKENS)
       part.add(tokens, *sae.encode(store.read(job.layer, start, stop)))
     part.save(job.part(at))
@@ -357,12 +349,16 @@ def _duplicates(store: ActivationStore, size: int) -> np.ndarray:
 
 
 def chunks(
-  spans: Sequence[tuple[int, int]], rows: int
+  spans: Sequence[tuple[int, int]], rows: int, edges: Collection[int] = ()
 ) -> Iterator[tuple[int, int]]:
-  """(start, stop) of runs of whole, adjoining samples, about `rows` long."""
+  """(start, stop) of runs of whole, adjoining samples, about `rows` long.
+
+  None goes over an edge, where another group of the store begins.
+  """
   start = stop = spans[0][0]
   for first, last in spans:
-    if first != stop or (stop > start and last - start > rows):
+    full = stop > start and last - start > rows
+    if first != stop or full or first in edges:
       if stop > start:
         yield start, stop
       start = first

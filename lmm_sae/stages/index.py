@@ -98,7 +98,8 @@ def build(job: Job, store: ActivationStore, sae: exports.Sae) -> None:
     logging.info('index: %s is complete', job.path)
     return
   job.shape(store, meta.latents)  # refuses settings before work begins
-  begins = index_parts.cuts(spans, meta.latents, meta.k, opts.memory_mb)
+  index_parts.chunk_rows(spans, meta.latents, meta.k, opts.memory_mb)
+  begins = list(range(0, len(spans), index_parts.PART_SAMPLES))
   begins = index_parts.plan(job, meta.source, begins)
   index_parts.near_duplicates(job, store)
   index_parts.make(job, begins, sae)
