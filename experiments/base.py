@@ -178,7 +178,8 @@ def get_config() -> ConfigDict:
         'grounder_path': '',  # model folder(s), comma separated; '': packaged
         'clip_path': '',  # CLIP folder; '': the packaged one
         'judge_url': '',  # OpenAI-compatible server that judges; '': none does
-        'judge_model': '',  # its model
+        'judge_model': '',  # its model; `all`, without a URL: an explainer of
+        # those that it starts
         'judge_key': '',  # of judge_url; '': the environment's OPENAI_API_KEY
         'second_url': '',  # of a second judge; '': judge_url
         'second_model': '',  # its model; '': there is no second judge
