@@ -175,6 +175,8 @@ def _figure(
   top: float,
 ) -> dict[str, Any]:
   figure = summary[name]
+  if 'chance' in figure:
+    note += f' Guessing: {number(figure["chance"])}.'
   if figure.get('warning'):
     note += f' Take care: {figure["warning"]}.'
   made = {'name': name, 'title': title, 'note': note, 'text': None}
