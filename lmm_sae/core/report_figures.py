@@ -39,7 +39,10 @@ FIGURES = (
     'Concepts with a clean latent of their own',
     'Of the '
     'concepts met in the data, those with a latent that means nothing else.',
-    {'clean_concepts_neurons': 'raw neurons'},
+    {
+      'clean_concepts_neurons': 'raw neurons',
+      'clean_concepts_untrained': 'untrained SAE',
+    },
     0,
   ),
   (

@@ -9,6 +9,7 @@ ce_recovered            the same, of the answers' tokens: the share of the loss
                         beside zero ablation that the SAE in the loop spares
 clean_concepts          concepts with a clean latent; n: concepts of objects
 clean_concepts_neurons  the same rule on the raw neurons
+clean_concepts_untrained  and on the SAE before its first step
 explained_right         share of the latents with >= 80% of their firings on
                         objects and F1 > .2 on A whose explanation contains
                         their concept; every explainer in `explainers`
@@ -40,7 +41,7 @@ WALL = 'all'  # in seconds.json, beside the stages: some of them overlap
 NO_TRUTH = 'the images of this run have no known masks and labels'
 
 BASELINES = {
-  'clean_concepts': ('clean_concepts_neurons',),
+  'clean_concepts': ('clean_concepts_neurons', 'clean_concepts_untrained'),
   'explained_right': (
     'explained_right_shuffled',
     *(f'explained_right_{name}' for name in DICTIONARIES),
@@ -128,9 +129,12 @@ def _clean(
 ) -> dict[str, Figure]:
   if not truth:
     gone = stats.missing(NO_TRUTH)
-    return {'clean_concepts': gone, 'clean_concepts_neurons': dict(gone)}
+    names = ('clean_concepts', *BASELINES['clean_concepts'])
+    return {name: dict(gone) for name in names}
   counted = len(concepts.counted(workdir))
   clean = len({row.concept for row in truth if row.clean})
+  untrained = concepts.load(workdir, layer, 'untrained')
+  by_chance = len({row.concept for row in untrained if row.clean})
   neurons = concepts.neurons(workdir, layer)
   return {
     'clean_concepts': {'value': clean, 'n': counted, 'ci': None},
@@ -138,6 +142,11 @@ def _clean(
       {'value': neurons, 'n': counted, 'ci': None}
       if neurons is not None
       else stats.missing('raw neurons were not measured')
+    ),
+    'clean_concepts_untrained': (
+      {'value': by_chance, 'n': counted, 'ci': None}
+      if untrained
+      else stats.missing('not measured: name untrained in index.dictionaries')
     ),
   }
 

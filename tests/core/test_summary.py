@@ -70,7 +70,8 @@ def workdir(tmp_path):
       'neurons': {'2': 1},
       'counted': counted,
       'dictionaries': {
-        'neurons': {'2': [concept(0, 'blue'), concept(1, 'red')]}
+        'neurons': {'2': [concept(0, 'blue'), concept(1, 'red')]},
+        'untrained': {'2': [concept(m, 'red', clean=m > 0) for m in range(3)]},
       },
     },
   )
@@ -206,9 +207,11 @@ def test_each_figure_is_what_the_files_say(workdir):
     'ce_recovered': (0.6, 6),
     'clean_concepts': (2, 5),
     'clean_concepts_neurons': (1, 5),
+    'clean_concepts_untrained': (1, 5),
     'explained_right': (0.75, 4),
     # red by 2 other texts of 3, red by 3 of 3, square by 0, happy by 0
     'explained_right_shuffled': (approx((2 / 3 + 1) / 4), 4),
+    'explained_right_untrained': (1, 1),
     'explained_right_neurons': (0.5, 2),
     'explained_difference': (0.0, 2),  # red: both; red again: neither
     'iou': (approx(0.5), 2),
@@ -225,7 +228,7 @@ def test_each_figure_is_what_the_files_say(workdir):
     'seconds': (90, 2),
   }
   assert missing == {
-    *('explained_right_untrained', 'iou_shuffled', 'iou_untrained'),
+    *('iou_shuffled', 'iou_untrained'),
     *('clip_random', 'clip_untrained', 'clip_neurons'),
     *(f'detection_{name}' for name in ('random', 'untrained', 'neurons')),
     *(
