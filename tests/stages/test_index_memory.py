@@ -8,7 +8,7 @@ import textwrap
 
 import pytest
 
-MEMORY_MB = 96
+MEMORY_MB = 48
 
 # A process of its own: ru_maxrss is the most that it ever held.
 GROWS = """
@@ -21,7 +21,7 @@ GROWS = """
   from lmm_sae.core.store import ActivationStore, StoreMeta
   from lmm_sae.core.tokens import Kind
   from lmm_sae.core.workdir import Workdir
-  from lmm_sae.sae import exports, index_parts, model
+  from lmm_sae.sae import exports, index_plan, model
   from lmm_sae.stages import index as stage
 
   SIDE, TILES, TEXT, D, M, K, GROUP = 12, 18, 9, 8, 3072, 24, 6
@@ -89,7 +89,7 @@ GROWS = """
     peaks.append(peak_mb())
     return merge(*args)
   stage.index_merge.merge = measured
-  index_parts.PART_SAMPLES = 48
+  index_plan.PART_SAMPLES = 48
   runs = []
   write = index_build.Part._write_run
   index_build.Part._write_run = lambda *args: (write(*args), runs.append(0))
@@ -126,7 +126,7 @@ def test_memory_stays_under_its_bound_as_the_work_grows_tenfold(root, tmp_path):
   many = grow(root, tmp_path / 'many', 240)
   assert many['firings'] > 9 * few['firings']
   assert many['runs'] > 5  # what a part holds went to disk in between
-  # Unbounded, the postings and maps of the larger one alone would take more.
+  # Its postings and maps alone take more.
   assert many['firings'] * 24 > (MEMORY_MB << 20)
   for found in (few, many):
     before, _, after = found['peaks']

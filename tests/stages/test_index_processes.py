@@ -7,17 +7,16 @@ import time
 import numpy as np
 import pytest
 
+from experiments import base
 from lmm_sae.core.index import LatentIndex
-from lmm_sae.sae import exports, index_parts
+from lmm_sae.sae import exports, index_parts, index_plan
 from lmm_sae.sae import mesh as mesh_lib
 from lmm_sae.stages import index as stage
 from tests import toy
 from tests.stages.test_index import tree
 
 
-@pytest.fixture
-def config(config, monkeypatch):
-  monkeypatch.setattr(index_parts, 'PART_SAMPLES', 2)  # 6 parts a split
+def set_up(config):
   config.lmm.layers = (toy.LAYER,)
   config.index.exemplars = 3
   config.index.spread = 2
@@ -27,15 +26,23 @@ def config(config, monkeypatch):
 
 
 @pytest.fixture
+def config(config, monkeypatch):
+  monkeypatch.setattr(index_plan, 'PART_SAMPLES', 2)  # 6 parts a split
+  return set_up(config)
+
+
+@pytest.fixture
 def workdir(tmp_path):
   return toy.make_workdir(tmp_path / 'run')
 
 
-@pytest.fixture
-def whole(config, workdir) -> dict[str, bytes]:
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory) -> dict[str, bytes]:
   """The files of an index that one process made at one go."""
-  other = toy.make_workdir(workdir.root.parent / 'whole')
-  stage.run(config, other)
+  other = toy.make_workdir(tmp_path_factory.mktemp('whole'))
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(index_plan, 'PART_SAMPLES', 2)
+    stage.run(set_up(base.get_config()), other)
   found = tree(other.root / 'index')
   assert len(found) > 80
   return found
@@ -90,7 +97,7 @@ def test_a_part_of_another_share_is_made_once(
 
 def test_a_plan_that_stands_is_kept_to(config, workdir, whole, monkeypatch):
   index_shares(config, workdir, '0/2')
-  monkeypatch.setattr(index_parts, 'PART_SAMPLES', 5)
+  monkeypatch.setattr(index_plan, 'PART_SAMPLES', 5)
   index_shares(config, workdir, '1/2')
   assert tree(workdir.root / 'index') == whole
 
@@ -116,15 +123,16 @@ def test_an_error_of_a_process_is_told_and_the_others_end(
   (workdir.export(toy.LAYER) / 'sparsify' / 'cfg.json').write_text('{')
   (workdir.export(toy.LAYER) / 'saelens' / 'cfg.json').write_text('{')
   store = stage.ActivationStore.open(workdir.acts('a'))
-  opts = index_parts.IndexConfig(
+  opts = index_plan.IndexConfig(
     **(config.index.to_dict() | {'share': '', 'processes': 2})
   )
-  job = index_parts.Job(
+  job = index_plan.Job(
     workdir.index(toy.LAYER, 'a'), store.path, workdir, toy.LAYER, '', opts
   )
   note = json.loads((job.path / 'parts' / 'plan.json').read_text())
+  plan = index_plan.Plan(**note)
   with pytest.raises(ValueError, match=r'cfg\.json'):
-    index_parts.make(job, note['begins'], None)
+    index_parts.make(job, plan, None)
   assert not multiprocessing.active_children()
 
 
@@ -133,28 +141,35 @@ def test_memory_that_does_not_do_for_one_sample_is_refused(config, workdir):
   with pytest.raises(ValueError, match='at least 1'):
     stage.run(config, workdir)
   spans = [(0, 400), (400, 1100)]
-  with pytest.raises(ValueError, match=r'700 tokens .* needs 69: set it to'):
-    index_parts.chunk_rows(spans, 1000, 64, 68)
-  assert index_parts.chunk_rows(spans, 1000, 64, 69) >= 700
+
+  def draft(memory_mb: int) -> index_plan.Plan:
+    opts = config.index.to_dict() | {'memory_mb': memory_mb, 'rows': 9999}
+    return index_plan.draft('', spans, 1000, 64, index_plan.IndexConfig(**opts))
+
+  with pytest.raises(ValueError, match=r'700 tokens .* needs 52: set it to'):
+    draft(51)
+  assert 700 <= draft(52).rows < 730
+  assert draft(52).encoded == 512
+  assert draft(520).encoded == 4096
 
 
 def test_no_chunk_goes_over_the_edge_of_a_group():
   spans = [(0, 10), (10, 20), (20, 30), (33, 40), (40, 45)]
-  found = list(index_parts.chunks(spans, 25, {0, 10, 33}))
+  found = list(index_plan.chunks(spans, 25, {0, 10, 33}))
   assert found == [(0, 10), (10, 30), (33, 45)]
-  found = list(index_parts.chunks(spans, 12, {0, 10, 33}))
+  found = list(index_plan.chunks(spans, 12, {0, 10, 33}))
   assert found == [(0, 10), (10, 20), (20, 30), (33, 45)]
 
 
 def test_devices_share_the_rows_and_change_nothing(config, workdir, whole):
   """The suite has 8 devices; here the SAE is on one."""
-  job = index_parts.Job(
+  job = index_plan.Job(
     workdir.index(toy.LAYER, 'b'),
     workdir.acts('b'),
     workdir,
     toy.LAYER,
     '',
-    index_parts.IndexConfig(**config.index),
+    index_plan.IndexConfig(**config.index),
   )
   assert job.sae().mesh.shape[mesh_lib.DATA] == 8
   store = stage.ActivationStore.open(workdir.acts('b'))
