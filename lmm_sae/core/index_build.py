@@ -7,14 +7,16 @@ order: who made which part, and how often the work was broken off, leaves no
 trace. What other parts keep may be told to a part (`floors`): it then leaves
 out exemplars that they outdo, which the merge would throw away.
 
-Memory: a part holds its postings and what it keeps of exemplars, in all some
-FIRING_BYTES a firing and LATENT_BYTES a latent.
+Memory: a part adds up its statistics, LATENT_BYTES a latent. Its postings,
+histograms and exemplars go to disk as a run once they hold more than they may;
+runs are of whole samples, in order, and where they end leaves no trace either.
 """
 
 import dataclasses
 import os
 import pathlib
 import shutil
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -34,7 +36,6 @@ KINDS = len(Kind) - 1  # padding is never stored
 VIEWS = {'base': (Kind.BASE,), 'tile': (Kind.TILE,), 'text': TEXT}
 DRAWN = 4  # candidates a latent for each exemplar of the seeded sample
 MOST = (1 << 16) - 1  # tokens of one view that a posting can count
-FIRING_BYTES = 160
 LATENT_BYTES = 400
 
 
@@ -92,8 +93,16 @@ class Part:
     shape: Shape,
     duplicate_S: np.ndarray,
     floors: dict[str, np.ndarray] | None = None,
+    path: pathlib.Path | None = None,
+    most: int = 0,
   ):
-    """`floors` [M] by table: below them other parts keep their full number."""
+    """A part that holds nothing yet.
+
+    Args:
+      floors: [M] by table: below them other parts keep their full number.
+      path: where it will be saved; with it, what exceeds `most` bytes is
+        written there as a run. Without it, all is held until `save`.
+    """
     self.shape = shape
     self._duplicate_S = duplicate_S
     few = len(duplicate_S) <= 1 << 16
@@ -109,11 +118,18 @@ class Part:
     self._counted = {name: np.zeros(latents, np.int64) for name in VIEWS}
     self._rows = 0
     self._images: list[np.ndarray] = []
+    self._floors = dict(floors or {})
+    self._path, self._most, self._runs = path, most, 0
+    self._begin()
+
+  def _begin(self) -> None:
+    """Begins a run: nothing is held, what the others keep is known."""
+    latents = self.shape.latents
     self._histograms = index_values.Histograms()
     self._postings = {name: [] for name in VIEWS}
     self._tables = {
-      name: Strongest(latents, keep, (floors or {}).get(name))
-      for name, keep in shape.keeps().items()
+      name: Strongest(latents, keep, self._floors.get(name))
+      for name, keep in self.shape.keeps().items()
     }
 
   def add(
@@ -137,55 +153,69 @@ class Part:
     self._count(tokens, fired)
     self._add_images(tokens, fired)
     self._add_texts(tokens, fired)
+    if self._path is not None and self._held() > self._most:
+      self._write_run(self._path)
 
   def save(self, path: pathlib.Path) -> None:
     """Writes the part as a whole or not at all."""
-    images = [np.zeros(0, np.int64), *self._images]
-    histograms = self._histograms.settle()
+    self._write_run(path)
+    unfinished = _unfinished(path)
     flat = {
       'fired': self._fired_KM,
       'sum': self._sum_M,
       'samples': self._samples_M,
       'rows': np.array(self._rows),
-      'images': np.concatenate(images),
-      'histogram.key': histograms.key,
-      'histogram.count': histograms.count,
+      'images': np.concatenate([np.zeros(0, np.int64), *self._images]),
       **self._peaks,
+      **{f'counted.{view}': each for view, each in self._counted.items()},
+      **{f'floor.{name}': each for name, each in self._floors.items()},
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # By process: two commands may make one part; both make the same.
-    unfinished = path.with_name(f'{path.name}.{os.getpid()}.unfinished')
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir()
-
-    def write(name: str, array: np.ndarray) -> None:
-      with (unfinished / f'{name}.npy').open('wb') as file:
-        np.save(file, array)
-        file.flush()
-        os.fsync(file.fileno())
-
     for name, array in flat.items():
-      write(name, array)
-    for view in VIEWS:
-      write(f'counted.{view}', self._counted[view])
-      for name, array in self._by_latent(view).items():
-        write(f'{view}.{name}', array)
-    for name, strongest in self._tables.items():
-      write(f'floor.{name}', strongest.floor_M)
-      table = strongest.table()
-      if table is not None:
-        counts = np.bincount(
-          table.columns['latent'], minlength=self.shape.latents
-        )
-        write(f'{name}.counts', counts)
-        for key, array in table.arrays().items():
-          write(f'{name}.{key}', array)
+      _write(unfinished, name, array)
     try:
       unfinished.rename(path)
     except OSError:
       if not path.is_dir():
         raise
       shutil.rmtree(unfinished)  # another command was faster
+
+  def _held(self) -> int:
+    """Bytes of what a run would write."""
+    postings = sum(
+      array.nbytes
+      for view in self._postings.values()
+      for posting in view
+      for array in posting.values()
+    )
+    tables = sum(table.nbytes for table in self._tables.values())
+    return postings + tables + self._histograms.nbytes
+
+  def _write_run(self, path: pathlib.Path) -> None:
+    unfinished = _unfinished(path)
+    if not self._runs:
+      shutil.rmtree(unfinished, ignore_errors=True)
+    run = unfinished / f'run{self._runs:05d}'
+    run.mkdir(parents=True)
+    self._runs += 1
+    histograms = self._histograms.settle()
+    _write(run, 'histogram.key', histograms.key)
+    _write(run, 'histogram.count', histograms.count)
+    for view in VIEWS:
+      for name, array in self._by_latent(view).items():
+        _write(run, f'{view}.{name}', array)
+    for name, strongest in self._tables.items():
+      self._floors[name] = np.maximum(
+        strongest.floor_M, self._floors.get(name, 0)
+      )
+      table = strongest.table()
+      if table is not None:
+        counts = np.bincount(
+          table.columns['latent'], minlength=self.shape.latents
+        )
+        _write(run, f'{name}.counts', counts.astype(np.uint32))
+        for key, array in table.arrays().items():
+          _write(run, f'{name}.{key}', array)
+    self._begin()
 
   def _by_latent(self, view: str) -> dict[str, np.ndarray]:
     """The postings of a view, in order of latent and then of sample."""
@@ -200,6 +230,7 @@ class Part:
     latent = flat.pop('latent')
     order = np.argsort(latent, kind='stable')
     counts = np.bincount(latent, minlength=self.shape.latents)
+    counts = counts.astype(np.uint32)
     sorted_ = {name: array[order] for name, array in flat.items()}
     return {'counts': counts} | sorted_
 
@@ -283,6 +314,10 @@ class Part:
     }
     columns['key'] = self._duplicate_S[columns['sample']]
     columns['order'] = columns['sample']
+    columns = {
+      name: column if name == 'value' else column.astype(np.int32)
+      for name, column in columns.items()
+    }
     columns['tiles'] = grids[columns['sample'] - sample.min()]
     for name in ('images', 'drawn'):
       columns['strength'] = self._strength(name, columns)
@@ -346,3 +381,20 @@ class Part:
       self._tables[name].add(
         Table(kept, {'context': Ragged(around.offset, context)})
       )
+
+
+def runs(parts: Sequence[pathlib.Path]) -> list[pathlib.Path]:
+  """The runs of some parts, in order of their samples."""
+  return [run for part in parts for run in sorted(part.glob('run*'))]
+
+
+def _unfinished(path: pathlib.Path) -> pathlib.Path:
+  """By process: two commands may make one part; both make the same."""
+  return path.with_name(f'{path.name}.{os.getpid()}.unfinished')
+
+
+def _write(folder: pathlib.Path, name: str, array: np.ndarray) -> None:
+  with (folder / f'{name}.npy').open('wb') as file:
+    np.save(file, array)
+    file.flush()
+    os.fsync(file.fileno())

@@ -14,6 +14,7 @@ from lmm_sae.core import index_files as files
 from lmm_sae.core import index_values, records
 from lmm_sae.core.index import FORMAT_VERSION, VIEWS, IndexMeta
 from lmm_sae.core.index_build import DRAWN
+from lmm_sae.core.index_build import runs as runs_of
 from lmm_sae.core.index_tables import Writer
 from lmm_sae.core.stats import Z95
 from lmm_sae.core.tokens import Kind
@@ -52,14 +53,16 @@ def merge(
   images = np.sort(np.concatenate([files.load(p, 'images') for p in parts]))
   files.save(path, 'images', images.astype(np.int32))
   totals['images'] = len(images)
+  pieces = runs_of(parts)
   for view in VIEWS:
-    sums = _write_postings(path, parts, view, meta, most)
+    counted_M = sum(files.load(part, f'counted.{view}') for part in parts)
+    sums = _write_postings(path, pieces, view, counted_M, meta, most)
     if view == 'base':
       stats['images_fired'] = sums['images'].astype(np.int64)
       stats['always_on'] = _always_on(sums, len(images), meta.always_on)
-  _write_samples(path, parts, meta)
-  stats['quantiles'] = _quantiles(parts, meta, most, stats)
-  write = Writer(path, parts, meta.latents, most)
+  _write_samples(path, pieces, meta)
+  stats['quantiles'] = _quantiles(pieces, meta, most, stats)
+  write = Writer(path, pieces, meta.latents, most)
   write.images('images', 'exemplars', '', keep[0])
   write.images('drawn', 'spread', 'spread_', DRAWN * spread, spread)
   write.texts('texts', 'texts', '', keep[1])
@@ -135,8 +138,9 @@ def _wilson_low(share: np.ndarray, n: int) -> np.ndarray:
 
 def _write_postings(
   path: pathlib.Path,
-  parts: Sequence[pathlib.Path],
+  runs: Sequence[pathlib.Path],
   view: str,
+  counted_M: np.ndarray,
   meta: IndexMeta,
   most: int,
 ) -> dict[str, np.ndarray]:
@@ -145,8 +149,9 @@ def _write_postings(
   Raises:
     RuntimeError: a latent's postings do not hold every firing counted.
   """
-  count_M = sum(files.load(part, f'{view}.counts') for part in parts)
-  counted_M = sum(files.load(part, f'counted.{view}') for part in parts)
+  count_M = np.zeros(meta.latents, np.int64)
+  for run in runs:
+    count_M += files.load(run, f'{view}.counts')
   sums = {
     name: np.zeros(meta.latents)
     for name in ('strength', 'logged', 'images', 'firings')
@@ -158,16 +163,16 @@ def _write_postings(
     name: files.Growing(path, f'postings_{view}_{name}', of)
     for name, of in fields.items()
   }
-  at = [0] * len(parts)
-  # A part's counts are read with each range, too.
+  at = [0] * len(runs)
+  # A run's counts are read with each range, too.
   for first, stop in files.ranges(count_M * POSTING_BYTES + 64, most):
     latent, pieces = [], {name: [] for name in fields}
-    for i, part in enumerate(parts):
-      counts = files.cut(part, f'{view}.counts', first, stop)
+    for i, run in enumerate(runs):
+      counts = files.cut(run, f'{view}.counts', first, stop)
       end = at[i] + int(counts.sum())
       latent.append(np.repeat(np.arange(stop - first, dtype=np.int32), counts))
       for name in fields:
-        pieces[name].append(files.cut(part, f'{view}.{name}', at[i], end))
+        pieces[name].append(files.cut(run, f'{view}.{name}', at[i], end))
       at[i] = end
     latent = np.concatenate(latent)
     order = np.argsort(latent, kind='stable')
@@ -199,21 +204,21 @@ def _write_postings(
 
 
 def _write_samples(
-  path: pathlib.Path, parts: Sequence[pathlib.Path], meta: IndexMeta
+  path: pathlib.Path, runs: Sequence[pathlib.Path], meta: IndexMeta
 ) -> None:
-  """Writes the base view's pairs by sample: a part holds its samples whole."""
+  """Writes the base view's pairs by sample: a run holds its samples whole."""
   per_sample = np.zeros(meta.samples, np.int64)
   out = {
     'latent': files.Growing(path, 'samples_latent', index_of(meta.latents)),
     'mean': files.Growing(path, 'samples_mean', 'u2'),
   }
-  for part in parts:
-    sample = files.load(part, 'base.sample')
+  for run in runs:
+    sample = files.load(run, 'base.sample')
     order = np.argsort(sample, kind='stable')
-    counts = files.load(part, 'base.counts')
+    counts = files.load(run, 'base.counts')
     latent = np.repeat(np.arange(meta.latents, dtype=np.int32), counts)
     out['latent'].add(latent[order])
-    out['mean'].add(files.load(part, 'base.mean')[order])
+    out['mean'].add(files.load(run, 'base.mean')[order])
     per_sample += np.bincount(sample, minlength=meta.samples)
   for array in out.values():
     array.close()
@@ -221,7 +226,7 @@ def _write_samples(
 
 
 def _quantiles(
-  parts: Sequence[pathlib.Path],
+  runs: Sequence[pathlib.Path],
   meta: IndexMeta,
   most: int,
   stats: dict[str, np.ndarray],
@@ -231,13 +236,13 @@ def _quantiles(
   bytes_M = np.minimum(stats['rows_fired'], index_values.BINS) * 64 + 64
   for first, stop in files.ranges(bytes_M, most):
     histograms = index_values.Histograms()
-    for part in parts:
-      key = files.load(part, 'histogram.key')
+    for run in runs:
+      key = files.load(run, 'histogram.key')
       low, high = np.searchsorted(
         key, np.array([first, stop]) * index_values.BINS
       )
       histograms.put(
-        key[low:high], files.cut(part, 'histogram.count', low, high)
+        key[low:high], files.cut(run, 'histogram.count', low, high)
       )
     found.append(histograms.quantiles(first, stop - first))
   found = np.concatenate(found)

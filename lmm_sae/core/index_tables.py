@@ -46,12 +46,12 @@ class Writer:
   def __init__(
     self,
     path: pathlib.Path,
-    parts: Sequence[pathlib.Path],
+    runs: Sequence[pathlib.Path],
     latents: int,
     most: int,
   ):
     self.path = path
-    self.parts = parts
+    self.runs = runs
     self.latents = latents
     self.most = most
     self.tokens: set[int] = set()
@@ -149,33 +149,33 @@ class Writer:
   def _ranges(
     self, table: str, posted: bool
   ) -> Iterator[tuple[int, int, Table]]:
-    """(first, stop, rows of all parts) of some latents at a time."""
-    parts = [p for p in self.parts if (p / f'{table}.counts.npy').exists()]
-    if not parts:
+    """(first, stop, rows of all runs) of some latents at a time."""
+    runs = [p for p in self.runs if (p / f'{table}.counts.npy').exists()]
+    if not runs:
       return
     names = [
       file.name.removesuffix('.npy').split('.')
-      for file in sorted(parts[0].glob(f'{table}.*.npy'))
+      for file in sorted(runs[0].glob(f'{table}.*.npy'))
     ]
     bytes_M = np.full(self.latents, 64.0)
-    for part in parts:
-      counts = files.load(part, f'{table}.counts')
+    for run in runs:
+      counts = files.load(run, f'{table}.counts')
       latent = np.repeat(np.arange(self.latents), counts)
       bytes_M += counts * (ROW_BYTES * COPIES)
       for name in names:
         if name[1] == 'ragged' and len(name) == 3:
-          cells = np.diff(files.load(part, '.'.join(name)))
+          cells = np.diff(files.load(run, '.'.join(name)))
           bytes_M += np.bincount(
             latent, weights=cells * CELL_BYTES * COPIES, minlength=self.latents
           )
     if posted:
       bytes_M += np.diff(files.load(self.path, 'postings_base_offset')) * 48
-    at = [0] * len(parts)
+    at = [0] * len(runs)
     for first, stop in files.ranges(bytes_M, self.most):
       tables = []
-      for i, part in enumerate(parts):
-        end = at[i] + int(files.cut(part, f'{table}.counts', first, stop).sum())
-        tables.append(_cut(part, table, names, at[i], end))
+      for i, run in enumerate(runs):
+        end = at[i] + int(files.cut(run, f'{table}.counts', first, stop).sum())
+        tables.append(_cut(run, table, names, at[i], end))
         at[i] = end
       rows = join(tables)
       if len(rows):
@@ -190,7 +190,7 @@ class Writer:
     n = np.diff(offset)
     key = np.repeat(np.arange(stop - first), n) << 16 | mean
     key.sort()
-    latent = fields['latent'] - first
+    latent = fields['latent'].astype(np.int64) - first
     own = latent << 16 | index_values.pack(fields['value'])
     low = np.searchsorted(key, own) - (offset[latent] - offset[0])
     high = np.searchsorted(key, own, 'right') - (offset[latent] - offset[0])
@@ -198,20 +198,20 @@ class Writer:
 
 
 def _cut(
-  part: pathlib.Path, table: str, names: list[list[str]], start: int, stop: int
+  run: pathlib.Path, table: str, names: list[list[str]], start: int, stop: int
 ) -> Table:
-  """Rows start to stop of a part's table."""
+  """Rows start to stop of a run's table."""
   columns, ragged = {}, {}
   for name in names:
     if name[1] == 'column':
-      columns[name[2]] = files.cut(part, '.'.join(name), start, stop)
+      columns[name[2]] = files.cut(run, '.'.join(name), start, stop)
     elif name[1] == 'ragged' and len(name) == 3:
-      offset = files.cut(part, '.'.join(name), start, stop + 1)
+      offset = files.cut(run, '.'.join(name), start, stop + 1)
       inner = [n for n in names if len(n) == 4 and n[2] == name[2]]
       ragged[name[2]] = Ragged(
         offset - offset[0],
         {
-          n[3]: files.cut(part, '.'.join(n), int(offset[0]), int(offset[-1]))
+          n[3]: files.cut(run, '.'.join(n), int(offset[0]), int(offset[-1]))
           for n in inner
         },
       )

@@ -46,6 +46,11 @@ class Histograms:
     self.key = self.count = np.zeros(0, np.int64)
     self._waiting: list[tuple[np.ndarray, np.ndarray]] = []
 
+  @property
+  def nbytes(self) -> int:
+    keys = len(self.key) + sum(len(key) for key, _ in self._waiting)
+    return 16 * keys
+
   def add(self, latent_N: np.ndarray, values_N: np.ndarray) -> None:
     key_N = latent_N.astype(np.int64) * BINS + bins(values_N)
     self.put(*np.unique(key_N, return_counts=True))

@@ -57,6 +57,13 @@ class Table:
       {name: ragged.take(rows_N) for name, ragged in self.ragged.items()},
     )
 
+  @property
+  def nbytes(self) -> int:
+    arrays = list(self.columns.values())
+    for ragged in self.ragged.values():
+      arrays += [ragged.offset, *ragged.columns.values()]
+    return sum(array.nbytes for array in arrays)
+
   def arrays(self) -> dict[str, np.ndarray]:
     """Everything as flat arrays, for a file; `from_arrays` reads them back."""
     flat = {f'column.{name}': column for name, column in self.columns.items()}
@@ -159,6 +166,12 @@ class Strongest:
     """What is kept, by latent, then by falling strength; None: nothing was."""
     self._settle()
     return self._kept
+
+  @property
+  def nbytes(self) -> int:
+    """Of all rows that are held, kept or waiting."""
+    kept = [] if self._kept is None else [self._kept]
+    return sum(table.nbytes for table in kept + self._waiting)
 
   @property
   def floor_M(self) -> np.ndarray:

@@ -5,232 +5,37 @@ of and where its parts begin. Each part is made by itself, as a folder that is
 whole or not there: whoever finds that all stand merges them.
 """
 
-import dataclasses
-import hashlib
-import json
 import multiprocessing
 import os
-import pathlib
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from multiprocessing import connection
 
 import jax
 import numpy as np
-from absl import logging
 
-from lmm_sae.core import duplicates, index_build, progress, records
-from lmm_sae.core.index import FORMAT_VERSION
-from lmm_sae.core.places import Place
+from lmm_sae.core import duplicates, index_build, progress
 from lmm_sae.core.store import ActivationStore
-from lmm_sae.core.workdir import Workdir
-from lmm_sae.sae import exports, share
-from lmm_sae.sae import mesh as mesh_lib
+from lmm_sae.sae import exports
+from lmm_sae.sae.index_plan import IndexConfig, Job, Plan, chunks, held
 
-PART_SAMPLES = 1024  # of a part at most: so much is lost by a broken run
 PARTS = 4  # that a further process must have to make, to be worth its start
-CHUNK_BYTES = 320  # a firing, while a chunk is added
-MB = 1 << 20
 TOKENS = ('sample', 'position', 'token', 'kind', 'image', 'row', 'col')
 
 
-@dataclasses.dataclass(frozen=True)
-class IndexConfig:
-  """The section `index` of the config; its fields are explained there."""
-
-  splits: tuple[str, ...]
-  rows: int
-  exemplars: int
-  text_exemplars: int
-  context: int
-  threshold: float
-  always_on: float
-  spread: int = 10
-  seed: int = 0
-  memory_mb: int = 2048
-  processes: int = 0
-  share: str = ''
-  dictionaries: tuple[str, ...] = ()
-  latent: int = -1
-  sample: int = -1
-
-  def __post_init__(self):
-    if self.rows < 1:
-      raise ValueError(f'index.rows is {self.rows}; it must be at least 1')
-    if not 0 < self.always_on <= 1:
-      raise ValueError(
-        f'index.always_on is {self.always_on}; it is a share: above 0, up to 1'
-      )
-    if self.memory_mb < 1 or self.processes < 0:
-      raise ValueError(
-        f'index.memory_mb is {self.memory_mb} and index.processes '
-        f'{self.processes}; they must be at least 1 and 0'
-      )
-    unknown = [d for d in self.dictionaries if d not in records.DICTIONARIES]
-    if unknown:
-      raise ValueError(
-        f'index.dictionaries holds {unknown[0]!r}; there are '
-        f'{", ".join(records.DICTIONARIES)}'
-      )
-    self.turn()
-
-  def turn(self) -> tuple[int, int]:
-    """(i, n): this command makes parts i, i + n, ...
-
-    Raises:
-      ValueError: `share` is no i/n with 0 <= i < n.
-    """
-    if not self.share:
-      return 0, 1
-    found = re.fullmatch(r'(\d+)/(\d+)', self.share)
-    if not found or int(found[1]) >= int(found[2]):
-      raise ValueError(
-        f'index.share is {self.share!r}; of n commands they are 0/n to '
-        'n-1/n, as 0/2 and 1/2'
-      )
-    return int(found[1]), int(found[2])
-
-  def settings(self) -> dict:
-    """What decides the index, whoever makes it and in whatever memory."""
-    names = ('exemplars', 'text_exemplars', 'context', 'threshold',
-             'always_on', 'spread', 'seed')  # fmt: skip
-    return {name: getattr(self, name) for name in names}
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-  """One index to build; it travels to other processes.
-
-  Attributes:
-    path: of the index; acts: of the split's store.
-    dictionary: '' is the SAE; seed: of an untrained one.
-  """
-
-  path: pathlib.Path
-  acts: Place
-  workdir: Workdir
-  layer: int
-  dictionary: str
-  opts: IndexConfig
-  seed: int = 0
-
-  def sae(self) -> exports.Sae:
-    """The SAE, its rows shared by all devices of this process."""
-    devices = jax.local_devices()
-    mesh = mesh_lib.make(0, found=devices) if len(devices) > 1 else None
-    if not self.dictionary:
-      found = self.workdir.require(self.workdir.export(self.layer), 'train')
-      return exports.load(found, mesh=mesh)
-    from lmm_sae.sae import dictionaries
-
-    return dictionaries.load(
-      self.workdir, self.layer, self.dictionary, self.seed, mesh
-    )
-
-  def part(self, at: int) -> pathlib.Path:
-    return self.path / 'parts' / f'{at:08d}'
-
-  def shape(self, store: ActivationStore, latents: int) -> index_build.Shape:
-    return index_build.Shape(
-      latents=latents,
-      grid=store.meta.grid,
-      exemplars=self.opts.exemplars,
-      texts=self.opts.text_exemplars,
-      context=self.opts.context,
-      threshold=self.opts.threshold,
-      spread=self.opts.spread,
-      seed=self.opts.seed,
-    )
-
-
-def source(store: ActivationStore, opts: IndexConfig, sae: exports.Sae) -> str:
-  """What an index is made of, as a short text; equal text, equal index."""
-  rest = hashlib.blake2b(digest_size=6)
-  meta = records.to_json(store.meta) | {
-    'samples': len(store.samples()),
-    'rows': store.num_rows,
-    'index': opts.settings() | {'format': FORMAT_VERSION},
-  }
-  rest.update(json.dumps(meta, sort_keys=True).encode())
-  return f'sae {share.firing(sae)}, store and settings {rest.hexdigest()}'
-
-
-def cuts(
-  spans: Sequence[tuple[int, int]], latents: int, k: int, memory_mb: int
-) -> list[int]:
-  """At which of the samples each part begins, that it may fit in memory.
-
-  Raises:
-    ValueError: one sample alone does not.
-  """
-  rows_S = np.array([stop - start for start, stop in spans])
-  most = _free(latents, memory_mb) // 2 // (k * index_build.FIRING_BYTES)
-  least = int(rows_S.max())
-  if min(most, _chunk_rows(latents, k, memory_mb)) < least:
-    needs = least * k * 2 * max(index_build.FIRING_BYTES, CHUNK_BYTES)
-    needs = (needs + latents * index_build.LATENT_BYTES) // MB + 1
-    raise ValueError(
-      f'index.memory_mb is {memory_mb}, but a sample of {least} tokens with '
-      f'{k} of {latents} latents each needs {needs}: set it to that at least'
-    )
-  begins, rows = [0], 0
-  for i, count in enumerate(rows_S.tolist()):
-    if i > begins[-1] and (
-      rows + count > most or i - begins[-1] >= PART_SAMPLES
-    ):
-      begins.append(i)
-      rows = 0
-    rows += count
-  return begins
-
-
-def _free(latents: int, memory_mb: int) -> int:
-  return max(memory_mb * MB - latents * index_build.LATENT_BYTES, 0)
-
-
-def _chunk_rows(latents: int, k: int, memory_mb: int) -> int:
-  return _free(latents, memory_mb) // 2 // (k * CHUNK_BYTES)
-
-
-def plan(job: Job, made_of: str, begins: list[int]) -> list[int]:
-  """Where the parts begin: as whoever came first has written.
-
-  Raises:
-    ValueError: parts of something else stand there.
-  """
-  note = job.path / 'parts' / 'plan.json'
-  if not note.exists():
-    own = note.with_name(f'plan.{os.getpid()}.json')
-    records.write_json(own, {'source': made_of, 'begins': begins})
-    try:
-      os.link(own, note)  # unlike a renamed one it replaces none
-    except FileExistsError:
-      logging.info('index: another command has planned %s', job.path)
-    own.unlink()
-  found = json.loads(note.read_text())
-  if found['source'] != made_of:
-    raise ValueError(
-      f'{job.path} was made of other activations, another SAE or other '
-      f'settings ({found["source"]}, now {made_of}): delete that folder to '
-      'make it again'
-    )
-  return found['begins']
-
-
-def make(job: Job, begins: list[int], sae: exports.Sae) -> None:
+def make(job: Job, plan: Plan, sae: exports.Sae) -> None:
   """Makes those parts of this command's share that do not stand."""
   first, of = job.opts.turn()
-  mine = [at for at in begins[first::of] if not job.part(at).exists()]
+  mine = [at for at in plan.begins[first::of] if not job.part(at).exists()]
   count = _processes(job.opts, len(mine))
   if count <= 1:
-    _work(job, begins, mine, sae)
+    _work(job, plan, mine, sae)
     return
   context = multiprocessing.get_context('spawn')
   workers = []
   for i in range(count):
     pipe, theirs = context.Pipe(duplex=False)
     worker = context.Process(
-      target=_serve, args=(theirs, job, begins, mine[i::count]), daemon=True
+      target=_serve, args=(theirs, job, plan, mine[i::count]), daemon=True
     )
     worker.start()
     theirs.close()
@@ -272,21 +77,19 @@ def _processes(opts: IndexConfig, parts: int) -> int:
 
 
 def _serve(
-  pipe: connection.Connection, job: Job, begins: list[int], mine: list[int]
+  pipe: connection.Connection, job: Job, plan: Plan, mine: list[int]
 ) -> None:
   """A process: makes its parts, and says how it ended."""
   error = None
   try:
-    _work(job, begins, mine, job.sae())
+    _work(job, plan, mine, job.sae())
   except (ValueError, RuntimeError, OSError, MemoryError) as raised:
     error = raised
   pipe.send(error)
   pipe.close()
 
 
-def _work(
-  job: Job, begins: list[int], mine: Sequence[int], sae: exports.Sae
-) -> None:
+def _work(job: Job, plan: Plan, mine: Sequence[int], sae: exports.Sae) -> None:
   if not mine:
     return
   store = ActivationStore.open(job.acts)
@@ -295,9 +98,10 @@ def _work(
   latents, opts = sae.config.latents, job.opts
   shape = job.shape(store, latents)
   duplicate_S = near_duplicates(job, store)
-  rows = _chunk_rows(latents, sae.config.most, opts.memory_mb)
+  most = held(latents, opts.memory_mb)
+  edges = {start for start, _ in store.ranges}
   floors, seen = {}, set()
-  ends = dict(zip(begins, [*begins[1:], len(spans)], strict=True))
+  ends = dict(zip(plan.begins, [*plan.begins[1:], len(spans)], strict=True))
   parent = multiprocessing.parent_process()
   for at in progress.track(
     mine, what=f'index {job.layer}/{store.meta.split}: parts'
@@ -306,11 +110,16 @@ def _work(
       return
     if job.part(at).exists():
       continue
-    _raise_floors(job, begins, floors, seen, shape)
-    part = index_build.Part(shape, duplicate_S, floors)
-    for start, stop in chunks(spans[at : ends[at]], min(opts.rows, rows)):
+    _raise_floors(job, plan.begins, floors, seen, shape)
+    part = index_build.Part(shape, duplicate_S, floors, job.part(at), most)
+    for start, stop in chunks(spans[at : ends[at]], plan.rows, edges):
       tokens = store.tokens(start, stop, TOKENS)
-      part.add(tokens, *sae.encode(store.read(job.layer, start, stop)))
+      x_ND = store.read(job.layer, start, stop)
+      codes = [
+        sae.encode(x_ND[i : i + plan.encoded])
+        for i in range(0, len(x_ND), plan.encoded)
+      ]
+      part.add(tokens, *map(np.concatenate, zip(*codes, strict=True)))
     part.save(job.part(at))
 
 
@@ -354,18 +163,3 @@ def _duplicates(store: ActivationStore, size: int) -> np.ndarray:
     places = np.array(samples)
     duplicate_S[places] = places[duplicates.firsts(thumbnails)]
   return duplicate_S
-
-
-def chunks(
-  spans: Sequence[tuple[int, int]], rows: int
-) -> Iterator[tuple[int, int]]:
-  """(start, stop) of runs of whole, adjoining samples, about `rows` long."""
-  start = stop = spans[0][0]
-  for first, last in spans:
-    if first != stop or (stop > start and last - start > rows):
-      if stop > start:
-        yield start, stop
-      start = first
-    stop = last
-  if stop > start:
-    yield start, stop

@@ -25,9 +25,9 @@ from lmm_sae.core import index_merge, index_text
 from lmm_sae.core.index import IndexMeta, LatentIndex, read_meta
 from lmm_sae.core.store import ActivationStore
 from lmm_sae.core.workdir import Workdir
-from lmm_sae.sae import concept_table, exports, index_parts
+from lmm_sae.sae import concept_table, exports, index_parts, index_plan
 from lmm_sae.sae.baseview import check_one_grid
-from lmm_sae.sae.index_parts import IndexConfig, Job
+from lmm_sae.sae.index_plan import IndexConfig, Job
 
 
 def run(config: ConfigDict, workdir: Workdir) -> None:
@@ -91,21 +91,21 @@ def build(job: Job, store: ActivationStore, sae: exports.Sae) -> None:
     firings=0,
     threshold=opts.threshold,
     always_on=opts.always_on,
-    source=index_parts.source(store, opts, sae),
+    source=index_plan.source(store, opts, sae),
   )
   if _finished(job.path, meta):
     logging.info('index: %s is complete', job.path)
     return
   job.shape(store, meta.latents)  # refuses settings before work begins
-  begins = index_parts.cuts(spans, meta.latents, meta.k, opts.memory_mb)
-  begins = index_parts.plan(job, meta.source, begins)
+  plan = index_plan.draft(meta.source, spans, meta.latents, meta.k, opts)
+  plan = index_plan.agree(job, plan)
   index_parts.near_duplicates(job, store)
-  index_parts.make(job, begins, sae)
+  index_parts.make(job, plan, sae)
   with _alone(job.path):
     if _finished(job.path, meta):
       logging.info('index: another command has merged %s', job.path)
       return
-    parts = [job.part(at) for at in begins]
+    parts = [job.part(at) for at in plan.begins]
     missing = sum(not part.exists() for part in parts)
     if missing:
       logging.info(

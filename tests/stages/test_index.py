@@ -14,7 +14,7 @@ import pytest
 from lmm_sae.core import concepts, masks
 from lmm_sae.core.index import LatentIndex
 from lmm_sae.core.store import ActivationStore
-from lmm_sae.sae import exports, index_parts
+from lmm_sae.sae import exports, index_plan
 from lmm_sae.sae.baseview import BaseView
 from lmm_sae.stages import index as stage
 from tests import toy
@@ -139,13 +139,13 @@ KILLED = """
   from experiments import base
   from lmm_sae.core import index_build, index_tables
   from lmm_sae.core.workdir import Workdir
-  from lmm_sae.sae import index_parts
+  from lmm_sae.sae import index_plan
   from lmm_sae.stages import index as stage
 
   def kill(*_):
     os.kill(os.getpid(), signal.SIGKILL)
 
-  index_parts.PART_SAMPLES = 3
+  index_plan.PART_SAMPLES = 3
   save = index_build.Part.save
   def save_and_count(self, path):
     save(self, path)
@@ -176,7 +176,7 @@ def test_killed_and_resumed_is_as_uninterrupted(
     check=False,
   )
   assert done.returncode == -signal.SIGKILL
-  monkeypatch.setattr(index_parts, 'PART_SAMPLES', 3)
+  monkeypatch.setattr(index_plan, 'PART_SAMPLES', 3)
   stage.run(config, workdir)
   other = toy.make_workdir(tmp_path / 'whole')
   stage.run(config, other)
@@ -187,13 +187,13 @@ def test_an_empty_split_is_refused(config, tmp_path):
   workdir = toy.make_workdir(tmp_path)
   store = ActivationStore.open(workdir.acts('a'))
   store.samples = list
-  job = index_parts.Job(
+  job = index_plan.Job(
     workdir.index(toy.LAYER, 'a'),
     workdir.acts('a'),
     workdir,
     toy.LAYER,
     '',
-    index_parts.IndexConfig(**config.index),
+    index_plan.IndexConfig(**config.index),
   )
   with pytest.raises(ValueError, match='nothing to index'):
     stage.build(job, store, exports.load(workdir.export(toy.LAYER)))
