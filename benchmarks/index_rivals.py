@@ -20,7 +20,6 @@ leaves files under FOLDER from which a latent's images can be told. Prints
 
 import json
 import pathlib
-import shutil
 import sys
 import time
 
@@ -47,73 +46,51 @@ def main() -> None:
   print(json.dumps(found | {'bytes': size}))
 
 
-def chunks(job: dict, samples: int):
-  """(tokens, vals_NK, idx_NK) of so many samples at a time, from files."""
+def read(job: dict, first: int, stop: int):
+  """(tokens, vals_NK, idx_NK) of some samples, from files."""
   each, k = job['tokens'], job['k']
-  for first in range(0, job['samples'], samples):
-    rows = (min(first + samples, job['samples']) - first) * each
+  rows = (stop - first) * each
 
-    def part(name, dtype, columns=1, rows=rows, first=first):
-      return np.fromfile(
-        pathlib.Path(job['codes']) / name,
-        dtype,
-        rows * columns,
-        offset=first * each * columns * np.dtype(dtype).itemsize,
-      )
+  def part(name, dtype, columns=1):
+    return np.fromfile(
+      pathlib.Path(job['codes']) / name,
+      dtype,
+      rows * columns,
+      offset=first * each * columns * np.dtype(dtype).itemsize,
+    )
 
-    tokens = {name: part(name, np.int32) for name in FIELDS}
-    vals_NK = part('vals', np.float32, k).reshape(rows, k)
-    yield tokens, vals_NK, part('idx', np.int32, k).reshape(rows, k)
+  tokens = {name: part(name, np.int32) for name in FIELDS}
+  vals_NK = part('vals', np.float32, k).reshape(rows, k)
+  return tokens, vals_NK, part('idx', np.int32, k).reshape(rows, k)
+
+
+def images(job: dict):
+  """The codes of one sample after the other."""
+  for sample in range(job['samples']):
+    yield read(job, sample, sample + 1)
 
 
 def ours():
-  from lmm_sae.core import index_build, index_merge
-  from lmm_sae.core.index import IndexMeta
+  from benchmarks import index_stream
 
   def run(job: dict, folder: pathlib.Path) -> None:
-    samples = job['samples']
-    shape = index_build.Shape(
-      latents=job['latents'],
-      grid=(job['side'],) * 2,
-      exemplars=10,
-      texts=8,
-      context=12,
-      threshold=1e-5,
+    samples, latents, memory = job['samples'], job['latents'], job['memory_mb']
+    shape = index_stream.shape(latents, job['side'])
+    each = index_stream.chunk_samples(
+      latents, job['k'], job['tokens'], job['rows'], memory
     )
-    same = np.arange(samples)
-    parts, floors = [], {}
-    size = job['part_samples']
-    chunk = min(size, max(1, job['rows'] // job['tokens']))
-    part, held = index_build.Part(shape, same, floors), 0
-    for codes in chunks(job, chunk):
-      part.add(*codes)
-      held += chunk
-      if held >= size or len(parts) * size + held >= samples:
-        parts.append(folder / 'parts' / f'{len(parts):08d}')
-        part.save(parts[-1])
-        for name in shape.keeps():
-          floor_M = np.load(parts[-1] / f'floor.{name}.npy')
-          floors[name] = np.maximum(floors.get(name, floor_M), floor_M)
-        part, held = index_build.Part(shape, same, floors), 0
-    meta = IndexMeta(
-      layer=0,
-      split='b',
-      latents=job['latents'],
-      k=job['k'],
-      samples=samples,
-      images=0,
-      grid=shape.grid,
-      rows=0,
-      firings=0,
-      threshold=1e-5,
-      always_on=0.5,
-      source='synthetic',
+    begins = range(0, samples, job['part_samples'])
+    for at in begins:
+      stop = min(at + job['part_samples'], samples)
+      spans = [(i, min(i + each, stop)) for i in range(at, stop, each)]
+
+      def codes(first, stop):
+        return read(job, first, stop)
+
+      index_stream.make_part(folder, at, shape, samples, codes, spans, memory)
+    index_stream.merge(
+      folder, begins, shape, job['k'], samples, job['vocab'], memory
     )
-    vocab = [str(i) for i in range(job['vocab'])]
-    index_merge.merge(
-      folder, parts, meta, (10, 8), same, vocab, 10, job['memory_mb']
-    )
-    shutil.rmtree(folder / 'parts')
 
   return run
 
@@ -126,7 +103,7 @@ def paper(half: bool = False):
 
   def run(job: dict, folder: pathlib.Path) -> None:
     latents, places, values = job['latents'], [], []
-    for at, (tokens, vals_NK, idx_NK) in enumerate(chunks(job, 1)):
+    for at, (tokens, vals_NK, idx_NK) in enumerate(images(job)):
       base = tokens['kind'] == Kind.BASE
       dense_PM = torch.zeros(int(base.sum()), latents, dtype=dtype)
       dense_PM.scatter_(
@@ -178,7 +155,7 @@ def tuned():
 
   def run(job: dict, folder: pathlib.Path) -> None:
     latents, images, means = [], [], []
-    for at, (tokens, vals_NK, idx_NK) in enumerate(chunks(job, 1)):
+    for at, (tokens, vals_NK, idx_NK) in enumerate(images(job)):
       base = tokens['kind'] == Kind.BASE
       total_M = np.bincount(
         idx_NK[base].reshape(-1),
