@@ -64,7 +64,7 @@ def read(job: dict, first: int, stop: int):
   return tokens, vals_NK, part('idx', np.int32, k).reshape(rows, k)
 
 
-def images(job: dict):
+def by_image(job: dict):
   """The codes of one sample after the other."""
   for sample in range(job['samples']):
     yield read(job, sample, sample + 1)
@@ -103,7 +103,7 @@ def paper(half: bool = False):
 
   def run(job: dict, folder: pathlib.Path) -> None:
     latents, places, values = job['latents'], [], []
-    for at, (tokens, vals_NK, idx_NK) in enumerate(images(job)):
+    for at, (tokens, vals_NK, idx_NK) in enumerate(by_image(job)):
       base = tokens['kind'] == Kind.BASE
       dense_PM = torch.zeros(int(base.sum()), latents, dtype=dtype)
       dense_PM.scatter_(
@@ -155,7 +155,7 @@ def tuned():
 
   def run(job: dict, folder: pathlib.Path) -> None:
     latents, images, means = [], [], []
-    for at, (tokens, vals_NK, idx_NK) in enumerate(images(job)):
+    for at, (tokens, vals_NK, idx_NK) in enumerate(by_image(job)):
       base = tokens['kind'] == Kind.BASE
       total_M = np.bincount(
         idx_NK[base].reshape(-1),
