@@ -152,3 +152,11 @@ def test_each_bound_that_is_broken_is_told():
   assert len(told) == 3
   found |= {'peak_mb': 150, 'whole': {'with_parts_gb': 99}}
   assert len(index_size.bounds(found, args)) == 1
+
+
+def test_the_whole_is_what_stands_and_what_further_parts_would_take():
+  args = argparse.Namespace(images=index_size.IMAGES // 2, part_samples=23_342)
+  found = {'index_bytes': 3e9, 'parts_bytes': [9e9, 7e9, 1e9], 'peak_mb': 5}
+  told = index_size.whole(found, args)
+  assert told['index_gb'] == 6
+  assert told['with_parts_gb'] == 6 + 17 + 9  # one more, as large as any
