@@ -198,8 +198,11 @@ class Part:
     run.mkdir(parents=True)
     self._runs += 1
     histograms = self._histograms.settle()
-    _write(run, 'histogram.key', histograms.key)
-    _write(run, 'histogram.count', histograms.count)
+    # Of 131,072 latents, keys and counts are a sixth of a run as int64.
+    few = self.shape.latents * index_values.BINS <= 1 << 32
+    key_dtype = np.uint32 if few else np.int64
+    _write(run, 'histogram.key', histograms.key.astype(key_dtype))
+    _write(run, 'histogram.count', histograms.count.astype(np.uint32))
     for view in VIEWS:
       for name, array in self._by_latent(view).items():
         _write(run, f'{view}.{name}', array)
