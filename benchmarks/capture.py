@@ -49,6 +49,8 @@ class Case:
     distinct: groups whose images a rival holds; then they come again.
     layers: hooked.
     width, depth: D and decoder layers of the random model; 0: the packaged one.
+    tokens: of its vocabulary. A model whose weights are large runs in one
+      process on all cores, a small one in a process a core.
     view: its side in pixels; scale: of the pictures.
   """
 
@@ -62,6 +64,7 @@ class Case:
   layers: tuple[int, ...]
   width: int = 0
   depth: int = 0
+  tokens: int = 0
   view: int = random_llava.VIEW
   scale: float = 1.0
 
@@ -79,10 +82,11 @@ CASES = {
   ),
   'anyres': Case(
     'random LLaVA-NeXT, 336 px, AnyRes, on JPEGs; 1 process of 2 threads',
-    *(1, 2, 8, 4, 1, 3),
+    *(1, 2, 8, 4, 2, 3),
     layers=(3,),
     width=512,
     depth=8,
+    tokens=150_000,
   ),
 }
 
@@ -251,7 +255,7 @@ def _overrides(case: Case, folder: pathlib.Path) -> list[str]:
   }
   if case.width:
     model = random_llava.make(
-      folder / 'model', case.width, case.depth, case.view
+      folder / 'model', case.width, case.depth, case.view, case.tokens
     )
     data = random_llava.pictures(
       folder / 'data', 24, groups * case.group, case.scale

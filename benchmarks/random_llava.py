@@ -22,9 +22,17 @@ COPIED = ('chat_template.jinja', 'tokenizer.json', 'tokenizer_config.json')
 
 
 def make(
-  folder: pathlib.Path, width: int, layers: int, view: int = VIEW
+  folder: pathlib.Path,
+  width: int,
+  layers: int,
+  view: int = VIEW,
+  tokens: int = 0,
 ) -> pathlib.Path:
-  """Writes the model: D = width, of `layers` decoder layers."""
+  """Writes the model: D = width, of `layers` decoder layers.
+
+  Args:
+    tokens: of its vocabulary, most of which no text has; 0: the tokenizer's.
+  """
   source = host.weights() / 'small'
   folder.mkdir(parents=True)
   for name in COPIED:
@@ -40,7 +48,7 @@ def make(
   (folder / 'processor_config.json').write_text(json.dumps(settings))
   packaged = transformers.AutoConfig.from_pretrained(source)
   text = transformers.LlamaConfig(
-    vocab_size=packaged.text_config.vocab_size,
+    vocab_size=tokens or packaged.text_config.vocab_size,
     hidden_size=width,
     intermediate_size=width * 7 // 2,
     num_hidden_layers=layers,

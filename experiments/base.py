@@ -178,11 +178,15 @@ def get_config() -> ConfigDict:
         'grounder_path': '',  # model folder(s), comma separated; '': packaged
         'clip_path': '',  # CLIP folder; '': the packaged one
         'judge_url': '',  # OpenAI-compatible server that judges; '': none does
-        'judge_model': '',  # its model
+        'judge_model': '',  # its model; `all`, without a URL: an explainer of
+        # those that it starts
+        'judge_key': '',  # of judge_url; '': the environment's OPENAI_API_KEY
         'second_url': '',  # of a second judge; '': judge_url
         'second_model': '',  # its model; '': there is no second judge
+        'second_key': '',  # of second_url; '': OPENAI_API_KEY
         'judged': 64,  # latents a judge is asked about, drawn by seed; 0: all
         'cases': 10,  # questions a latent and task: half of them true
+        'fuzz': 'fuzz',  # is it lit? fuzz: asked; visible: it says what is lit
         'concurrency': 4,  # requests of a judge under way at once
         'bootstrap': 1000,  # resamples of a confidence interval
       },

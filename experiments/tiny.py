@@ -24,6 +24,14 @@ def get_config() -> ConfigDict:
   config.train.data_shares = 1  # one process
   config.sae.dead_after = 50_000  # of some 1.6 million rows seen
   config.sae.aux = 32
+  config.index.dictionaries = ('untrained', 'neurons')
+  config.explain.dictionaries = ('untrained', 'neurons')
+  config.explain.dictionary_limit = 40
+  config.score.judge_model = 'base'  # the explainers' servers, which `all`
+  config.score.second_model = 'small'  # starts, judge
+  config.score.judged = 16
+  config.score.cases = 4
+  config.score.fuzz = 'visible'  # a turn that the packaged models know
   config.steer.candidates = 3
   config.steer.doses = (1.0, 2.0, 4.0, 8.0)
   config.attribute.samples = 40

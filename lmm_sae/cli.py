@@ -132,9 +132,11 @@ def _run(argv: list[str]) -> int:
   overrides, rest = _split(argv)
   names = [word for word in rest if not word.startswith('-')]
   if {'-h', '--help', '--helpfull'} & set(rest):
-    return _help(names[0] if names else '', rest)
+    with _piped():
+      return _help(names[0] if names else '', rest)
   if not argv or names == ['help']:
-    return _help('', [])
+    with _piped():
+      return _help('', [])
   if '--version' in rest:
     print(lmm_sae.__version__)
     return 0
@@ -354,8 +356,6 @@ def _threads(name: str, config: ConfigDict) -> None:
 
 
 def _help(name: str, rest: list[str]) -> int:
-  if hasattr(signal, 'SIGPIPE'):
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` is no error
   if not name:
     print(f'{USAGE}\n\nStages:')
     for key, stage in STAGES.items():

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import signal
 import subprocess
 import sys
 import types
@@ -61,6 +62,8 @@ def test_help_of_a_stage_shows_fields_values_and_comments(capsys):
 
 def test_help_shows_the_values_of_the_given_config(capsys):
   assert cli.main(['capture', '--help', TINY]) == 0
+  # Or the next broken connection of this process would end it.
+  assert signal.getsignal(signal.SIGPIPE) == signal.SIG_IGN
   assert '--config.capture.max_tokens=512' in capsys.readouterr().out
 
 

@@ -26,13 +26,12 @@ from PIL import Image
 
 from lmm_sae.core import completions, prompts, records, wire
 from lmm_sae.core.completions import Answer, ChatError
+from lmm_sae.core.turns import Turns
 from lmm_sae.core.usage import Usage
 
 __all__ = ['FIELDS', 'Answer', 'ChatClient', 'ChatError']
 
-LONGEST_PAUSE_S = 30.0  # between two attempts, of our own accord
 LONGEST_REST_S = 900.0  # that a server may ask for before the run ends
-GONE_S = 10.0  # for which a server that does not listen, or hangs, is last
 CONNECT_S = 10.0  # at most, of an attempt, until the server takes it
 LARGEST = 16 << 20  # bytes of an answer
 REFUSALS = 8  # requests refused at the start, and none answered, end the run
@@ -101,7 +100,7 @@ class ChatClient:
       raise ValueError(f'{self._url_field}: no URL of a chat server is given')
     self.model = model
     self._urls = urls
-    self._servers = _Servers(len(urls), backoff_s)
+    self._turns = Turns(len(urls), backoff_s)
     key = (api_key or os.environ.get('OPENAI_API_KEY', '')).strip()
     self._clients = {
       remote: httpx.Client(
@@ -180,14 +179,8 @@ class ChatClient:
     gone: set[int] = set()
     left = self._retries + 1
     while True:
-      place, pause_s = self._servers.choose(turn, tries)
-      if pause_s > LONGEST_REST_S:
-        raise ConnectionError(
-          f'{self._urls[place]} asks to be left alone for {pause_s:.0f} s: run '
-          'this again then; answers had so far are kept'
-        )
-      if self._stop.wait(pause_s):
-        raise type(self._fatal)(str(self._fatal)) from self._fatal
+      place, pause_s = self._turns.choose(turn, tries)
+      self._pause(place, pause_s)
       tries[place] += 1
       gone.discard(place)
       try:
@@ -201,7 +194,7 @@ class ChatClient:
           self._refuse(place, error)
           raise
         hangs = error.gone or error.fault == 'timeout'
-        self._servers.failed(place, error.rest_s, hangs)
+        self._turns.failed(place, error.rest_s, hangs)
         if error.gone:
           gone.add(place)
         elsewhere = len(tries) < len(self._urls)  # costs no attempt
@@ -218,6 +211,20 @@ class ChatClient:
         raise ChatError(
           f'{count} attempts failed, at last: {error}', error.fault
         ) from error
+
+  def _pause(self, place: int, pause_s: float) -> None:
+    """Waits so long, and until the server wants no rest any more."""
+    while True:
+      if pause_s > LONGEST_REST_S:
+        raise ConnectionError(
+          f'{self._urls[place]} asks to be left alone for {pause_s:.0f} s: run '
+          'this again then; answers had so far are kept'
+        )
+      if self._stop.wait(pause_s):
+        raise type(self._fatal)(str(self._fatal)) from self._fatal
+      pause_s = self._turns.rest_s(place)
+      if not pause_s:
+        return
 
   def _post(self, place: int, body: bytes) -> tuple[Answer, tuple[int, int]]:
     """One attempt: (answer, tokens of the prompt and of the answer).
@@ -287,48 +294,6 @@ class ChatClient:
 
   def _path(self, key: str) -> pathlib.Path:
     return self._cache / key[:2] / f'{key}.json'
-
-
-class _Servers:
-  """Which server is asked next, and how long it is waited for."""
-
-  def __init__(self, count: int, backoff_s: float):
-    self._backoff_s = backoff_s
-    self._lock = threading.Lock()
-    self._rest_until = [0.0] * count
-    self._last_until = [0.0] * count
-
-  def choose(
-    self, turn: int, tries: collections.Counter[int]
-  ) -> tuple[int, float]:
-    """(place, pause in s) of the next attempt of a request.
-
-    The one that need not be waited for, that listens, that was tried least;
-    then they take turns. All requests keep a server's rest.
-    """
-    now = time.monotonic()
-    with self._lock:
-      ranked = []
-      count = len(self._rest_until)
-      for i in range(count):
-        pause_s = 0.0
-        if tries[i]:
-          pause_s = self._backoff_s * 2 ** min(tries[i] - 1, 30)
-          # not all at once: threads that failed together come apart
-          pause_s = min(pause_s, LONGEST_PAUSE_S) * (1 + (turn % 64) / 128)
-        pause_s = max(pause_s, self._rest_until[i] - now)
-        last = now < self._last_until[i]
-        ranked.append((last, pause_s, tries[i], (i - turn) % count, i))
-    _, pause_s, _, _, place = min(ranked)
-    return place, max(pause_s, 0.0)
-
-  def failed(self, place: int, rest_s: float, hangs: bool) -> None:
-    """Takes a server's wish for rest, or that it said nothing."""
-    now = time.monotonic()
-    with self._lock:
-      self._rest_until[place] = max(self._rest_until[place], now + rest_s)
-      if hangs:
-        self._last_until[place] = now + GONE_S
 
 
 def _counts(tokens: tuple[int, int]) -> dict[str, int]:

@@ -1,8 +1,9 @@
 """What each latent stands for, where the truth is known: WORKDIR/concepts.json.
 
 The `index` stage writes {layer: [one dict a latent], 'neurons': {layer: clean
-concepts among the raw neurons}, 'counted': [concepts of objects]}; steer,
-attribute and report read it here. A run without truth has no such file, and no
+concepts among the raw neurons}, 'counted': [concepts of objects],
+'dictionaries': {dictionary: {layer: as of the SAE}}}; score, steer, attribute
+and report read it here. A run without truth has no such file, and no
 concepts.
 """
 
@@ -41,9 +42,13 @@ class Concept:
   clean: bool
 
 
-def load(workdir: Workdir, layer: int) -> list[Concept]:
-  """The concepts of a layer's latents; [] where no truth is known."""
-  table = _table(workdir).get(str(layer), [])
+def load(workdir: Workdir, layer: int, dictionary: str = '') -> list[Concept]:
+  """The concepts of the latents of a layer, or of a dictionary beside the SAE;
+  [] where no truth is known."""
+  found = _table(workdir)
+  if dictionary:
+    found = found.get('dictionaries', {}).get(dictionary, {})
+  table = found.get(str(layer), [])
   names = [field.name for field in dataclasses.fields(Concept)]
   return [Concept(**{name: row[name] for name in names}) for row in table]
 

@@ -29,6 +29,8 @@ SECRET = (  # never written to disk
   'explain.api_key',
   'explain.refine_key',
   'explain.category_key',
+  'score.judge_key',
+  'score.second_key',
   'server.token',
 )
 

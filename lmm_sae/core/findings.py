@@ -1,4 +1,4 @@
-"""All that a run found out about the latents of one layer, by latent.
+"""All that a run found out about the latents of one dictionary, by latent.
 
 findings = Findings.of(workdir, layer=2, split='b')
 findings.fate(17), findings.main(17), findings.scored(17, 'base')
@@ -8,7 +8,7 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 
-from lmm_sae.core import concepts, records
+from lmm_sae.core import concepts, records, tokens
 from lmm_sae.core.concepts import Concept
 from lmm_sae.core.index import LatentIndex
 from lmm_sae.core.records import Attribution, Explanation, Score, Steering
@@ -39,9 +39,11 @@ FLAGS = {
 
 @dataclasses.dataclass(frozen=True)
 class Findings:
-  """One layer of a run.
+  """One layer of a run: its SAE, or a dictionary beside it.
 
   Attributes:
+    dictionary: '' is the SAE, else one of `records.DICTIONARIES`; those are
+      neither steered nor attributed.
     split: half whose exemplars are shown; index: of that half.
     explainers: the models that were asked, the first one's answers are shown
       on the cards.
@@ -59,9 +61,12 @@ class Findings:
   steering: list[Steering]
   attributions: list[Attribution]
   concepts: dict[int, Concept]
+  dictionary: str = ''
 
   @classmethod
-  def of(cls, workdir: Workdir, layer: int, split: str) -> 'Findings':
+  def of(
+    cls, workdir: Workdir, layer: int, split: str, dictionary: str = ''
+  ) -> 'Findings':
     """Reads what the stages wrote; a stage that was not run left nothing.
 
     Raises:
@@ -72,19 +77,27 @@ class Findings:
       lines = records.read(kind, workdir.file(name))
       return [one for one in lines if one.layer == layer]
 
-    explained = read(Explanation, 'explanations.jsonl')
+    def read_own(kind, name):
+      return [one for one in read(kind, name) if one.dictionary == dictionary]
+
+    explained = read_own(Explanation, 'explanations.jsonl')
     return cls(
       layer=layer,
       split=split,
       index=LatentIndex.open(
-        workdir.require(workdir.index(layer, split), 'index')
+        workdir.require(workdir.index(layer, split, dictionary), 'index')
       ),
       explainers=tuple(dict.fromkeys(one.explainer for one in explained)),
       explained=_by_latent(explained),
-      scores=_by_latent(read(Score, 'scores.jsonl')),
-      steering=read(Steering, 'steering.jsonl'),
-      attributions=read(Attribution, 'attributions.jsonl'),
-      concepts={one.latent: one for one in concepts.load(workdir, layer)},
+      scores=_by_latent(read_own(Score, 'scores.jsonl')),
+      steering=[] if dictionary else read(Steering, 'steering.jsonl'),
+      attributions=(
+        [] if dictionary else read(Attribution, 'attributions.jsonl')
+      ),
+      concepts={
+        one.latent: one for one in concepts.load(workdir, layer, dictionary)
+      },
+      dictionary=dictionary,
     )
 
   def main(self, latent: int) -> Explanation | None:
@@ -104,6 +117,18 @@ class Findings:
     if stats['images_fired'][latent]:
       return 'always_on' if stats['always_on'][latent] else 'not_asked'
     return 'tiles_only' if stats['peak_image'][latent] > 0 else 'text_only'
+
+  def kind(self, latent: int) -> str:
+    """The kind of token that a latent fires on most often; '' of none."""
+    counts = {kind: fired[latent] for kind, fired in self._fired.items()}
+    most = max(counts, key=counts.get)
+    return most if counts[most] else ''
+
+  @functools.cached_property
+  def _fired(self) -> dict[str, list[int]]:
+    kinds = [kind.name.lower() for kind in tokens.kinds('all')]
+    stats = self.index.stats
+    return {kind: stats[f'fired_{kind}'].tolist() for kind in kinds}
 
   def right(self, latent: int, explainer: str) -> bool | None:
     """Whether an explainer named the concept; None where that is not scored."""

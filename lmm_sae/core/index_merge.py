@@ -1,4 +1,8 @@
-"""Merges the parts of an index into the files that `LatentIndex` reads."""
+"""Merges the parts of an index into the files that `LatentIndex` reads.
+
+Some latents at a time, as many as the memory bound allows: no step holds all
+postings or all heat maps.
+"""
 
 import dataclasses
 import pathlib
@@ -6,13 +10,18 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lmm_sae.core import records
-from lmm_sae.core.index import IndexMeta
-from lmm_sae.core.ragged import Ragged, Strongest, Table
+from lmm_sae.core import index_files as files
+from lmm_sae.core import index_values, records
+from lmm_sae.core.index import FORMAT_VERSION, VIEWS, IndexMeta
+from lmm_sae.core.index_build import DRAWN
+from lmm_sae.core.index_build import runs as runs_of
+from lmm_sae.core.index_tables import Writer
 from lmm_sae.core.stats import Z95
 from lmm_sae.core.tokens import Kind
 
 KIND_NAMES = [kind.name.lower() for kind in Kind if kind != Kind.PADDING]
+POSTING_BYTES = 64  # of memory, as long as its latent is merged
+MB = 1 << 20
 
 
 def merge(
@@ -22,31 +31,54 @@ def merge(
   keep: tuple[int, int],
   duplicate_S: np.ndarray,
   vocab: Sequence[str],
+  spread: int = 10,
+  memory_mb: int = 2048,
 ) -> IndexMeta:
   """Writes the index of all parts; meta.json, which makes it count, last.
 
   Args:
+    parts: folders that `Part.save` made, in order of their samples.
     meta: its fields `images`, `rows` and `firings` are filled in here.
     keep: exemplars and texts kept a latent.
     vocab: the string of every token id.
+    spread: exemplars a latent of the seeded sample.
+    memory_mb: held at a time, about.
 
   Raises:
     RuntimeError: the postings do not hold every firing that was counted.
   """
   path.mkdir(parents=True, exist_ok=True)
+  most = memory_mb * MB // 2
   stats, totals = _stats(parts, meta)
-  posted = _write_postings(path, parts, meta, stats['images_fired'])
-  counted = sum(int(part['first']) for part in _load(parts))
-  if posted != counted:
-    raise RuntimeError(
-      f'{path}: the postings hold {posted} firings of the base view, but '
-      f'{counted} were counted: delete that folder and make the index again'
-    )
-  _write_exemplars(path, _best(parts, 'images', meta, keep[0]), meta)
-  _write_texts(path, _best(parts, 'texts', meta, keep[1]), meta, vocab)
+  images = np.sort(np.concatenate([files.load(p, 'images') for p in parts]))
+  files.save(path, 'images', images.astype(np.int32))
+  totals['images'] = len(images)
+  pieces = runs_of(parts)
+  for view in VIEWS:
+    counted_M = sum(files.load(part, f'counted.{view}') for part in parts)
+    sums = _write_postings(path, pieces, view, counted_M, meta, most)
+    if view == 'base':
+      stats['images_fired'] = sums['images'].astype(np.int64)
+      stats['always_on'] = _always_on(sums, len(images), meta.always_on)
+  _write_samples(path, pieces, meta)
+  stats['quantiles'] = _quantiles(pieces, meta, most, stats)
+  write = Writer(path, pieces, meta.latents, most)
+  write.images('images', 'exemplars', '', keep[0])
+  write.images('drawn', 'spread', 'spread_', DRAWN * spread, spread)
+  write.texts('texts', 'texts', '', keep[1])
+  write.texts('text_drawn', 'text_spread', 'spread_', DRAWN * spread, spread)
+  used = sorted(write.tokens)
+  records.write_json(
+    path / 'vocab.json', {str(token): vocab[token] for token in used}
+  )
   np.savez(path / 'stats.npz', **stats)
-  _save(path, 'duplicate', duplicate_S.astype(np.int32))
-  done = dataclasses.replace(meta, **totals)
+  files.save(path, 'duplicate', duplicate_S.astype(np.int32))
+  done = dataclasses.replace(
+    meta,
+    levels=index_values.LEVELS,
+    format_version=FORMAT_VERSION,
+    **totals,
+  )
   records.write_json(path / 'meta.json', records.to_json(done))
   return done
 
@@ -54,47 +86,33 @@ def merge(
 def _stats(
   parts: Sequence[pathlib.Path], meta: IndexMeta
 ) -> tuple[dict[str, np.ndarray], dict[str, int]]:
-  """The statistics of all latents, and the totals of the split."""
+  """The statistics of all latents that parts add up, and the totals."""
   latents = meta.latents
   fired_KM = np.zeros((len(KIND_NAMES), latents), np.int64)
-  sums = {
-    name: np.zeros(latents) for name in ('sum', 'strength', 'logged', 'images')
+  sum_M, samples_M = np.zeros(latents), np.zeros(latents, np.int64)
+  peaks = {
+    name: np.zeros(latents, np.float32)
+    for name in ('peak', 'peak_base', 'peak_image')
   }
-  samples_M = np.zeros(latents, np.int64)
-  peaks = dict.fromkeys(
-    ('peak', 'peak_base', 'peak_image'), np.zeros(latents, np.float32)
-  )
-  rows = images = 0
-  for part in _load(parts):
-    fired_KM += part['fired']
-    samples_M += part['samples']
-    sums['sum'] += part['sum']
-    rows += int(part['rows'])
-    images += int(part['images'])
-    peaks = {name: np.maximum(peaks[name], part[name]) for name in peaks}
-    if 'postings.latent' in part:
-      latent, mean = part['postings.latent'], part['postings.mean']
-      mean = mean.astype(np.float64)
-      for name, weight in (
-        ('strength', mean),
-        ('logged', mean * np.log(mean)),
-        ('images', np.ones_like(mean)),
-      ):
-        sums[name] += np.bincount(latent, weights=weight, minlength=latents)
+  rows = 0
+  for part in parts:
+    fired_KM += files.load(part, 'fired')
+    samples_M += files.load(part, 'samples')
+    sum_M += files.load(part, 'sum')
+    rows += int(files.load(part, 'rows'))
+    for name, peak_M in peaks.items():
+      np.maximum(peak_M, files.load(part, name), out=peak_M)
   fired = dict(zip(KIND_NAMES, fired_KM, strict=True))
   rows_fired = fired_KM.sum(axis=0) - fired['bos']
   stats = {
     'rows_fired': rows_fired,
     'samples_fired': samples_M,
-    'images_fired': sums['images'].astype(np.int64),
     **{f'fired_{name}': counts for name, counts in fired.items()},
-    'mean': (sums['sum'] / np.maximum(rows_fired, 1)).astype(np.float32),
+    'mean': (sum_M / np.maximum(rows_fired, 1)).astype(np.float32),
     **peaks,
     'dead': rows_fired == 0,
-    'always_on': _always_on(sums, images, meta.always_on),
   }
-  totals = {'images': images, 'rows': rows, 'firings': int(fired_KM.sum())}
-  return stats, totals
+  return stats, {'rows': rows, 'firings': int(fired_KM.sum())}
 
 
 def _always_on(
@@ -120,147 +138,117 @@ def _wilson_low(share: np.ndarray, n: int) -> np.ndarray:
 
 def _write_postings(
   path: pathlib.Path,
-  parts: Sequence[pathlib.Path],
+  runs: Sequence[pathlib.Path],
+  view: str,
+  counted_M: np.ndarray,
   meta: IndexMeta,
-  count_M: np.ndarray,
-) -> int:
-  """Writes the pairs latent-major and sample-major; returns their firings.
+  most: int,
+) -> dict[str, np.ndarray]:
+  """Writes a view's postings by latent; returns sums over each latent's.
 
-  A part's pairs are in order of sample and latent. Each latent's place in the
-  file is known beforehand, so one pass puts every pair where it belongs.
+  Raises:
+    RuntimeError: a latent's postings do not hold every firing counted.
   """
-  offset = np.concatenate([[0], np.cumsum(count_M)]).astype(np.int64)
-  _save(path, 'postings_offset', offset)
-  size = int(offset[-1])
-  fields = {'sample': np.int32, 'mean': np.float32, 'max': np.float32}
-  fields['count'] = np.int32
-  by_latent = {
-    name: _create(path, f'postings_{name}', size, dtype)
-    for name, dtype in fields.items()
+  count_M = np.zeros(meta.latents, np.int64)
+  for run in runs:
+    count_M += files.load(run, f'{view}.counts')
+  sums = {
+    name: np.zeros(meta.latents)
+    for name in ('strength', 'logged', 'images', 'firings')
   }
-  by_sample = {
-    'latent': _create(path, 'samples_latent', size, np.int32),
-    'mean': _create(path, 'samples_mean', size, np.float32),
+  files.save(path, f'postings_{view}_offset', files.offsets(count_M))
+  dtype = index_of(meta.samples)
+  fields = {'sample': dtype} | dict.fromkeys(('mean', 'max', 'count'), 'u2')
+  out = {
+    name: files.Growing(path, f'postings_{view}_{name}', of)
+    for name, of in fields.items()
   }
-  per_sample = np.zeros(meta.samples, np.int64)
-  free = offset[:-1].copy()
-  done = firings = 0
-  for part in _load(parts):
-    if 'postings.latent' not in part:
-      continue
-    latent = part['postings.latent']
+  at = [0] * len(runs)
+  # A run's counts are read with each range, too.
+  for first, stop in files.ranges(count_M * POSTING_BYTES + 64, most):
+    latent, pieces = [], {name: [] for name in fields}
+    for i, run in enumerate(runs):
+      counts = files.cut(run, f'{view}.counts', first, stop)
+      end = at[i] + int(counts.sum())
+      latent.append(np.repeat(np.arange(stop - first, dtype=np.int32), counts))
+      for name in fields:
+        pieces[name].append(files.cut(run, f'{view}.{name}', at[i], end))
+      at[i] = end
+    latent = np.concatenate(latent)
     order = np.argsort(latent, kind='stable')
-    counts = np.bincount(latent, minlength=meta.latents)
-    first = np.cumsum(counts) - counts
-    into = np.arange(len(latent)) + (free - first)[latent[order]]
-    free += counts
-    for name, array in by_latent.items():
-      array[into] = part[f'postings.{name}'][order]
-    for name, array in by_sample.items():
-      array[done : done + len(latent)] = part[f'postings.{name}']
-    per_sample += np.bincount(part['postings.sample'], minlength=meta.samples)
-    firings += int(part['postings.count'].sum())
-    done += len(latent)
-  for array in (*by_latent.values(), *by_sample.values()):
-    if isinstance(array, np.memmap):
-      array.flush()
-  _save(
-    path,
-    'samples_offset',
-    np.concatenate([[0], np.cumsum(per_sample)]).astype(np.int64),
-  )
-  return firings
-
-
-def _best(
-  parts: Sequence[pathlib.Path], name: str, meta: IndexMeta, keep: int
-) -> Table | None:
-  best = Strongest(meta.latents, keep)
-  for part in _load(parts):
-    flat = {
-      key.removeprefix(f'{name}.'): part[key]
-      for key in part.files
-      if key.startswith(f'{name}.')
-    }
-    if flat:
-      best.add(Table.from_arrays(flat))
-  return best.table()
-
-
-def _write_exemplars(
-  path: pathlib.Path, table: Table | None, meta: IndexMeta
-) -> None:
-  if table is None:
-    table = Table(
-      {
-        'latent': np.zeros(0, np.int64),
-        'sample': np.zeros(0, np.int64),
-        'strength': np.zeros(0, np.float32),
-        'tiles': np.zeros((0, 2), np.int32),
-      },
-      {'heat': _no_lists('cell', 'value'), 'tile': _no_lists('cell', 'value')},
+    latent = latent[order]
+    joined = {n: np.concatenate(p)[order] for n, p in pieces.items()}
+    for name, array in joined.items():
+      out[name].add(array)
+    mean = index_values.unpack(joined['mean']).astype(np.float64)
+    for name, weight in (
+      ('strength', mean),
+      ('logged', mean * np.log(mean)),
+      ('images', np.ones_like(mean)),
+      ('firings', joined['count']),
+    ):
+      sums[name][first:stop] = np.bincount(
+        latent, weights=weight, minlength=stop - first
+      )
+  for array in out.values():
+    array.close()
+  wrong = np.flatnonzero(sums['firings'] != counted_M)
+  if len(wrong):
+    raise RuntimeError(
+      f'{path}: the postings of latent {wrong[0]} hold '
+      f'{int(sums["firings"][wrong[0]])} firings of the {view} view, but '
+      f'{counted_M[wrong[0]]} were counted ({len(wrong)} latents are wrong): '
+      'delete that folder and make the index again'
     )
-  columns = table.columns
-  _save(path, 'exemplars_offset', _offsets(columns['latent'], meta.latents))
-  _save(path, 'exemplars_sample', columns['sample'].astype(np.int32))
-  _save(path, 'exemplars_strength', columns['strength'])
-  _save(path, 'exemplars_tiles', columns['tiles'])
-  for name, ragged in table.ragged.items():
-    _save(path, f'{name}_offset', ragged.offset)
-    _save(path, f'{name}_cell', ragged.columns['cell'].astype(np.int32))
-    _save(path, f'{name}_value', ragged.columns['value'].astype(np.float32))
+  return sums
 
 
-def _write_texts(
-  path: pathlib.Path,
-  table: Table | None,
-  meta: IndexMeta,
-  vocab: Sequence[str],
+def _write_samples(
+  path: pathlib.Path, runs: Sequence[pathlib.Path], meta: IndexMeta
 ) -> None:
-  if table is None:
-    none = np.zeros(0, np.int64)
-    names = ('latent', 'sample', 'position', 'strength', 'at')
-    columns = dict.fromkeys(names, none)
-    table = Table(columns, {'context': _no_lists('token', 'act')})
-  columns, context = table.columns, table.ragged['context']
-  _save(path, 'texts_offset', _offsets(columns['latent'], meta.latents))
-  for name in ('sample', 'position', 'at'):
-    _save(path, f'texts_{name}', columns[name].astype(np.int32))
-  _save(path, 'texts_strength', columns['strength'].astype(np.float32))
-  _save(path, 'context_offset', context.offset)
-  _save(path, 'context_token', context.columns['token'].astype(np.int32))
-  _save(path, 'context_act', context.columns['act'].astype(np.float32))
-  used = np.unique(context.columns['token']).tolist()
-  records.write_json(
-    path / 'vocab.json', {str(token): vocab[token] for token in used}
-  )
+  """Writes the base view's pairs by sample: a run holds its samples whole."""
+  per_sample = np.zeros(meta.samples, np.int64)
+  out = {
+    'latent': files.Growing(path, 'samples_latent', index_of(meta.latents)),
+    'mean': files.Growing(path, 'samples_mean', 'u2'),
+  }
+  for run in runs:
+    sample = files.load(run, 'base.sample')
+    order = np.argsort(sample, kind='stable')
+    counts = files.load(run, 'base.counts')
+    latent = np.repeat(np.arange(meta.latents, dtype=np.int32), counts)
+    out['latent'].add(latent[order])
+    out['mean'].add(files.load(run, 'base.mean')[order])
+    per_sample += np.bincount(sample, minlength=meta.samples)
+  for array in out.values():
+    array.close()
+  files.save(path, 'samples_offset', files.offsets(per_sample))
 
 
-def _no_lists(*names: str) -> Ragged:
-  none = np.zeros(0, np.int64)
-  return Ragged(np.zeros(1, np.int64), dict.fromkeys(names, none))
+def _quantiles(
+  runs: Sequence[pathlib.Path],
+  meta: IndexMeta,
+  most: int,
+  stats: dict[str, np.ndarray],
+) -> np.ndarray:
+  """Quantiles of the activations over firing rows, float32 [M, Q]."""
+  found = []
+  bytes_M = np.minimum(stats['rows_fired'], index_values.BINS) * 64 + 64
+  for first, stop in files.ranges(bytes_M, most):
+    histograms = index_values.Histograms()
+    for run in runs:
+      key = files.load(run, 'histogram.key')
+      low, high = np.searchsorted(
+        key, np.array([first, stop]) * index_values.BINS
+      )
+      histograms.put(
+        key[low:high], files.cut(run, 'histogram.count', low, high)
+      )
+    found.append(histograms.quantiles(first, stop - first))
+  found = np.concatenate(found)
+  return np.minimum(found, stats['peak'][:, None])
 
 
-def _offsets(latent_N: np.ndarray, latents: int) -> np.ndarray:
-  counts = np.bincount(latent_N, minlength=latents)
-  return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-
-
-def _load(parts: Sequence[pathlib.Path]):
-  for path in parts:
-    with np.load(path) as part:
-      yield part
-
-
-def _create(path: pathlib.Path, name: str, size: int, dtype) -> np.ndarray:
-  """An array of the index to be filled: on disk, since it may not fit."""
-  if not size:  # an empty file cannot be mapped
-    _save(path, name, np.zeros(0, dtype))
-    return np.zeros(0, dtype)
-  return np.lib.format.open_memmap(
-    path / f'{name}.npy', mode='w+', dtype=dtype, shape=(size,)
-  )
-
-
-def _save(path: pathlib.Path, name: str, array: np.ndarray) -> None:
-  np.save(path / f'{name}.npy', array)
+def index_of(size: int) -> str:
+  """The dtype that holds 0 to size - 1 on disk."""
+  return 'u2' if size <= 1 << 16 else 'i4'

@@ -57,6 +57,13 @@ class Table:
       {name: ragged.take(rows_N) for name, ragged in self.ragged.items()},
     )
 
+  @property
+  def nbytes(self) -> int:
+    arrays = list(self.columns.values())
+    for ragged in self.ragged.values():
+      arrays += [ragged.offset, *ragged.columns.values()]
+    return sum(array.nbytes for array in arrays)
+
   def arrays(self) -> dict[str, np.ndarray]:
     """Everything as flat arrays, for a file; `from_arrays` reads them back."""
     flat = {f'column.{name}': column for name, column in self.columns.items()}
@@ -129,9 +136,14 @@ class Strongest:
 
   WAIT = 1 << 16  # rows that may wait however few are kept
 
-  def __init__(self, latents: int, keep: int):
+  def __init__(
+    self, latents: int, keep: int, floor_M: np.ndarray | None = None
+  ):
+    """Of rows weaker than `floor_M` it is known that they will not be kept."""
     self.keep = keep
-    self._floor_M = np.zeros(latents, np.float32)
+    self._floor_M = np.zeros(latents, np.float64)
+    if floor_M is not None:  # as strong is strong enough: `order` decides
+      self._floor_M = np.nextafter(floor_M.astype(np.float64), -np.inf)
     self._kept: Table | None = None
     self._waiting: list[Table] = []
 
@@ -154,6 +166,18 @@ class Strongest:
     """What is kept, by latent, then by falling strength; None: nothing was."""
     self._settle()
     return self._kept
+
+  @property
+  def nbytes(self) -> int:
+    """Of all rows that are held, kept or waiting."""
+    kept = [] if self._kept is None else [self._kept]
+    return sum(table.nbytes for table in kept + self._waiting)
+
+  @property
+  def floor_M(self) -> np.ndarray:
+    """A strength below which no row will be kept, whatever else is added."""
+    self._settle()
+    return self._floor_M
 
   def _settle(self) -> None:
     if self._waiting:

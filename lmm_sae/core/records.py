@@ -365,11 +365,17 @@ class Appender:
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
-  """Writes a JSON file as a whole or not at all."""
+  """Writes a JSON file as a whole or not at all.
+
+  Raises:
+    OSError: it cannot be written; its `filename` says which one.
+  """
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   part = path.with_name(path.name + '.part')
-  part.write_text(
-    json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + '\n'
-  )
+  text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
+  try:
+    part.write_text(text + '\n')
+  except OSError as error:  # that of a full disk names no file
+    raise OSError(error.errno, error.strerror, str(part)) from error
   part.replace(path)

@@ -4,6 +4,18 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from lmm_sae.core.scored import BASELINES
+
+MARKS = ('circle', 'diamond', 'square', 'triangle')  # of baselines
+
+
+def _dictionaries(name: str) -> dict[str, str]:
+  return {
+    f'{name}_untrained': 'untrained SAE',
+    f'{name}_neurons': 'raw neurons',
+  }
+
+
 # name, title, what it says, baselines and their names, least top of its axis;
 # an axis that ends at 0 ends at the count n.
 FIGURES = (
@@ -27,7 +39,10 @@ FIGURES = (
     'Concepts with a clean latent of their own',
     'Of the '
     'concepts met in the data, those with a latent that means nothing else.',
-    {'clean_concepts_neurons': 'raw neurons'},
+    {
+      'clean_concepts_neurons': 'raw neurons',
+      'clean_concepts_untrained': 'untrained SAE',
+    },
     0,
   ),
   (
@@ -36,14 +51,21 @@ FIGURES = (
     'Over all '
     'latents that speak of objects; right means the answer contains the '
     'concept.',
-    {'explained_right_shuffled': 'shuffled'},
+    {
+      'explained_right_shuffled': 'shuffled',
+      **_dictionaries('explained_right'),
+    },
     1,
   ),
   (
     'iou',
     'Overlap of explanation and activation (IoU)',
     'Where the label is found in the image, against where the latent fires.',
-    {'iou_shuffled': 'shuffled label', 'iou_random': 'random images'},
+    {
+      'iou_shuffled': 'shuffled label',
+      'iou_random': 'random images',
+      **_dictionaries('iou'),
+    },
     1,
   ),
   (
@@ -51,8 +73,33 @@ FIGURES = (
     'CLIP score of label and images',
     '100 times the cosine. The '
     "packaged judge shares the subject's trunk, so trust the masks first.",
-    {'clip_shuffled': 'shuffled label', 'clip_random': 'random images'},
+    {
+      'clip_shuffled': 'shuffled label',
+      'clip_random': 'random images',
+      **_dictionaries('clip'),
+    },
     30,
+  ),
+  (
+    'detection',
+    'A judge tells by the label what fires',
+    'Balanced accuracy on pictures that fire the latent and silent ones.',
+    {'detection_shuffled': 'shuffled label', **_dictionaries('detection')},
+    1,
+  ),
+  (
+    'fuzzing',
+    'A judge tells by the label where it fires',
+    'Balanced accuracy on pictures dimmed rightly and wrongly.',
+    {'fuzzing_shuffled': 'shuffled label', **_dictionaries('fuzzing')},
+    1,
+  ),
+  (
+    'intruder',
+    "A judge finds another latent's picture",
+    'Accuracy among pictures of which one is out of place.',
+    {'intruder_shuffled': 'shuffled label', **_dictionaries('intruder')},
+    1,
   ),
   (
     'steer_colour',
@@ -76,7 +123,15 @@ FIGURES = (
     1,
   ),
 )
-SKIP = {'seconds', 'layers', 'format_version'}
+SKIP = {'seconds', 'layers', 'format_version', 'tables'}
+SKIP |= {  # they stand in the table of scores
+  'explained_difference',
+  'iou_paper',
+  'detection_text',
+  'fuzzing_text',
+  'intruder_text',
+  'consistency',
+}
 
 
 def number(value: float | int | None) -> str:
@@ -87,7 +142,8 @@ def number(value: float | int | None) -> str:
     return f'{int(value):,}'
   size = abs(value)
   places = 0 if size >= 100 else 1 if size >= 10 else 2
-  return f'{value:.{3 if 0 < size < 0.1 else places}f}'
+  text = f'{value:.{3 if 0 < size < 0.1 else places}f}'
+  return text if float(text) else text.removeprefix('-')
 
 
 def percent(share: float) -> str:
@@ -101,6 +157,7 @@ def interval(ci: Sequence[float] | None) -> str:
 def figures(summary: dict[str, Any]) -> list[dict[str, Any]]:
   """The headline figures, each with its baselines and its plot."""
   beside = {name for row in FIGURES for name in row[3]}
+  beside |= {name for names in BASELINES.values() for name in names}
   known = {row[0] for row in FIGURES}
   others = [
     (name, name.replace('_', ' ').capitalize(), '', {}, 0)
@@ -121,6 +178,10 @@ def _figure(
   top: float,
 ) -> dict[str, Any]:
   figure = summary[name]
+  if 'chance' in figure:
+    note += f' Guessing: {number(figure["chance"])}.'
+  if figure.get('warning'):
+    note += f' Take care: {figure["warning"]}.'
   made = {'name': name, 'title': title, 'note': note, 'text': None}
   if figure['value'] is None:
     return made | {'reason': figure.get('reason', 'not run')}
@@ -131,14 +192,12 @@ def _figure(
       'ci': _brackets(summary[base]['ci']),
       'mark': mark,
     }
-    for (base, word), mark in zip(
-      baselines.items(), ('circle', 'diamond'), strict=False
-    )
+    for (base, word), mark in zip(baselines.items(), MARKS, strict=False)
     if summary[base]['value'] is not None
   ]
   points = [(figure, 'dot')] + [
     (summary[base], mark)
-    for base, mark in zip(baselines, ('circle', 'diamond'), strict=False)
+    for base, mark in zip(baselines, MARKS, strict=False)
     if summary[base]['value'] is not None
   ]
   ends = [

@@ -23,6 +23,13 @@ SCORERS = {
   'iou': "IoU, model's mask",
   'iou_paper': "IoU, paper's rule",
   'clip': 'CLIP score',
+  'detection': 'Detection',
+  'fuzzing': 'Fuzzing',
+  'intruder': 'Intruder',
+  'detection_text': 'Detection in text',
+  'fuzzing_text': 'Fuzzing in text',
+  'intruder_text': 'Intruder in text',
+  'consistency': 'Second judge agrees',
 }
 BASELINES = {
   'random': 'random images',

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from lmm_sae.core import evaluation
+from lmm_sae.core import evaluation, report_tables
 from lmm_sae.core.findings import FATES, Findings
 from lmm_sae.core.report_figures import figures, interval, number, percent
 from lmm_sae.core.store import ActivationStore
@@ -201,6 +201,7 @@ def context(
     'facts': _facts(workdir, found, stores, model),
     'figures': figures(summary),
     'layers': [_layer(workdir, one, summary) for one in found],
+    'by_layer': report_tables.layers(summary),
     'made': _made(workdir),
     'seconds': _seconds(seconds) if seconds['value'] is not None else [],
     'wall': number(seconds['value']),
@@ -285,7 +286,9 @@ def _layer(
     found.get(str(findings.layer), {}),
     evaluation.losses(found, findings.layer),
   )
-  figure = summary['layers'][str(findings.layer)]['explained_right']
+  own = summary['layers'][str(findings.layer)]
+  tables = summary['tables'][str(findings.layer)]
+  figure = own['explained_right']
   explainer_titles, explainer_rows = explainers(findings, figure['explainers'])
   count = number(findings.index.num_latents)
   best = 'IoU with the truth' if findings.concepts else 'score'
@@ -299,6 +302,12 @@ def _layer(
     'quality': rows,
     'explainer_columns': explainer_titles,
     'explainers': explainer_rows,
+    'scores': report_tables.scores(own),
+    'beside': report_tables.beside(tables) if len(tables) > 1 else [],
+    'groups': [
+      ('By category', report_tables.groups(tables['sae']['by_category'])),
+      ('By kind of token', report_tables.groups(tables['sae']['by_kind'])),
+    ],
   }
 
 

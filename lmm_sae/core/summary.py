@@ -9,14 +9,17 @@ ce_recovered            the same, of the answers' tokens: the share of the loss
                         beside zero ablation that the SAE in the loop spares
 clean_concepts          concepts with a clean latent; n: concepts of objects
 clean_concepts_neurons  the same rule on the raw neurons
+clean_concepts_untrained  and on the SAE before its first step
 explained_right         share of the latents with >= 80% of their firings on
                         objects and F1 > .2 on A whose explanation contains
                         their concept; every explainer in `explainers`
 explained_right_shuffled  the same, each latent given the text of another:
                         the mean over all other texts, not one shuffle
-iou, clip               mean over latents, beside random images and the
-                        labels of other latents; iou on exact masks where
-                        they are known
+explained_right_untrained, explained_right_neurons  the same of the latents of
+                        those dictionaries
+explained_difference    explained_right of the first explainer less that of the
+                        second, over the latents of both, in pairs
+iou, clip, detection, ...  every score: see `core.scored`
 steer_colour, steer_emotion  share of the answers that contain the target once
                         the target's latent is clamped, where they did not
 steer_random            the same under random live latents
@@ -28,7 +31,8 @@ seconds                 wall time, by stage
 import json
 from typing import Any
 
-from lmm_sae.core import concepts, evaluation, records, stats
+from lmm_sae.core import concepts, evaluation, records, scored, stats
+from lmm_sae.core.records import DICTIONARIES
 from lmm_sae.core.workdir import Workdir
 
 Figure = dict[str, Any]
@@ -37,10 +41,12 @@ WALL = 'all'  # in seconds.json, beside the stages: some of them overlap
 NO_TRUTH = 'the images of this run have no known masks and labels'
 
 BASELINES = {
-  'clean_concepts': ('clean_concepts_neurons',),
-  'explained_right': ('explained_right_shuffled',),
-  'iou': ('iou_random', 'iou_shuffled'),
-  'clip': ('clip_random', 'clip_shuffled'),
+  'clean_concepts': ('clean_concepts_neurons', 'clean_concepts_untrained'),
+  'explained_right': (
+    'explained_right_shuffled',
+    *(f'explained_right_{name}' for name in DICTIONARIES),
+  ),
+  **scored.BASELINES,
   'steer_colour': ('steer_random',),
   'steer_emotion': ('steer_random',),
 }
@@ -58,21 +64,27 @@ def compute(workdir: Workdir, layers: tuple[int, ...]) -> dict[str, Any]:
 
 def _layer(workdir: Workdir, layer: int) -> dict[str, Figure]:
   truth = concepts.load(workdir, layer)
-  explained = _of_layer(
+  said = _of_layer(
     records.Explanation, workdir.file('explanations.jsonl'), layer
   )
+  explained = [one for one in said if not one.dictionary]
+  explainers = tuple(dict.fromkeys(one.explainer for one in explained))
   scores = _of_layer(records.Score, workdir.file('scores.jsonl'), layer)
   steered = _of_layer(records.Steering, workdir.file('steering.jsonl'), layer)
   attributed = _of_layer(
     records.Attribution, workdir.file('attributions.jsonl'), layer
   )
-  first = explained[0].explainer if explained else ''
+  first = explainers[0] if explainers else ''
   return {
     'fvu': _fvu(workdir, layer),
     'ce_recovered': _recovered(workdir, layer),
     **_clean(workdir, layer, truth),
     **_explained(truth, explained, first),
-    **_scored(scores, first),
+    **{
+      f'explained_right_{name}': _right_of(workdir, layer, name, said, first)
+      for name in DICTIONARIES
+    },
+    **scored.figures(workdir, scores, explainers),
     **_steered(steered),
     'attribution_correlation': stats.correlation_figure(
       [
@@ -117,9 +129,12 @@ def _clean(
 ) -> dict[str, Figure]:
   if not truth:
     gone = stats.missing(NO_TRUTH)
-    return {'clean_concepts': gone, 'clean_concepts_neurons': dict(gone)}
+    names = ('clean_concepts', *BASELINES['clean_concepts'])
+    return {name: dict(gone) for name in names}
   counted = len(concepts.counted(workdir))
   clean = len({row.concept for row in truth if row.clean})
+  untrained = concepts.load(workdir, layer, 'untrained')
+  by_chance = len({row.concept for row in untrained if row.clean})
   neurons = concepts.neurons(workdir, layer)
   return {
     'clean_concepts': {'value': clean, 'n': counted, 'ci': None},
@@ -127,6 +142,11 @@ def _clean(
       {'value': neurons, 'n': counted, 'ci': None}
       if neurons is not None
       else stats.missing('raw neurons were not measured')
+    ),
+    'clean_concepts_untrained': (
+      {'value': by_chance, 'n': counted, 'ci': None}
+      if untrained
+      else stats.missing('not measured: name untrained in index.dictionaries')
     ),
   }
 
@@ -152,7 +172,48 @@ def _explained(
       'explainers': each,
     },
     'explained_right_shuffled': headline['explained_right_shuffled'],
+    'explained_difference': _right_difference(truth, by_explainer),
   }
+
+
+def _right_difference(
+  truth: list[concepts.Concept], by_explainer: dict[str, dict[int, str]]
+) -> Figure:
+  """By how much the first explainer is right more often than the second."""
+  if len(by_explainer) < 2:
+    return stats.missing('there is no second explainer')
+  names = list(by_explainer)[:2]
+  right = [
+    {
+      row.latent: concepts.says(texts[row.latent], row.concept)
+      for row in concepts.of_objects(truth, texts)
+    }
+    for texts in (by_explainer[name] for name in names)
+  ]
+  reason = 'no such latent has both explanations' if truth else NO_TRUTH
+  return {**scored.share_difference(*right, reason), 'of': names}
+
+
+def _right_of(
+  workdir: Workdir,
+  layer: int,
+  dictionary: str,
+  said: list[records.Explanation],
+  first: str,
+) -> Figure:
+  """explained_right of a dictionary beside the SAE, by the first explainer."""
+  texts = {
+    one.latent: one.text if one.outcome == 'explained' else ''
+    for one in said
+    if (one.dictionary, one.explainer) == (dictionary, first)
+  }
+  if not texts:
+    return stats.missing(
+      f'the dictionary {dictionary} was not explained: name it in '
+      'index.dictionaries and explain.dictionaries'
+    )
+  table = concepts.load(workdir, layer, dictionary)
+  return _right(table, texts)['explained_right']
 
 
 def _right(
@@ -175,27 +236,6 @@ def _right(
     'explained_right': stats.share_figure(right, reason),
     'explained_right_shuffled': stats.mean_figure(others, reason),
   }
-
-
-def _scored(scores: list[records.Score], first: str) -> dict[str, Figure]:
-  """iou and clip with their two baselines, of the first explainer."""
-  table: dict[tuple[str, str], list[float]] = {}
-  for one in scores:
-    if one.explainer in ('', first):
-      table.setdefault((one.scorer, one.baseline), []).append(one.value)
-  exact = ('iou_exact', '') in table
-  figures = {}
-  for name, scorer in (
-    ('iou', 'iou_exact' if exact else 'iou'),
-    ('clip', 'clip'),
-  ):
-    for baseline in ('', 'random', 'shuffled'):
-      figures[f'{name}_{baseline}'.rstrip('_')] = stats.mean_figure(
-        table.get((scorer, baseline), []),
-        'nothing was scored: run `lmm-sae score`',
-        scorer=scorer,
-      )
-  return figures
 
 
 def _steered(steered: list[records.Steering]) -> dict[str, Figure]:
@@ -243,7 +283,12 @@ def table(summary: dict[str, Any]) -> str:
   rows = [('figure', 'value', '95% CI', 'n', 'beside it')]
   beside = {name for names in BASELINES.values() for name in names}
   for name, figure in summary.items():
-    if name in beside or name in ('layers', 'format_version', 'seconds'):
+    if name in beside or name in (
+      'layers',
+      'format_version',
+      'seconds',
+      'tables',
+    ):
       continue
     others = ', '.join(
       f'{other.removeprefix(name + "_")} {_number(summary[other])}'
@@ -259,6 +304,11 @@ def table(summary: dict[str, Any]) -> str:
     )
     for row in rows
   ]
+  lines.extend(
+    f'{name}: {figure["warning"]}'
+    for name, figure in summary.items()
+    if name in BASELINES and figure['value'] is not None and 'warning' in figure
+  )
   lines.extend(
     f'{name}: {figure["reason"]}'
     for name, figure in summary.items()

@@ -19,11 +19,9 @@ import transformers
 from PIL import Image
 from torch.nn import functional
 from transformers.models.clip import image_processing_pil_clip
-from transformers.models.grounding_dino import (
-  image_processing_pil_grounding_dino,
-)
-from transformers.models.sam import image_processing_pil_sam
 from transformers.models.vit import image_processing_pil_vit
+
+from lmm_sae.lmm.dino_sam import DinoSam, model_folder
 
 GROUNDERS = ('clip', 'dino', 'clipseg')
 BATCH = 32  # images, or pairs, a forward
@@ -87,7 +85,7 @@ class Clip:
   """CLIP as judge of whole images and as segmenter."""
 
   def __init__(self, path: str | pathlib.Path, device: str = 'cpu'):
-    path = _folder(path, 'score.clip_path')
+    path = model_folder(path, 'score.clip_path')
     self.model = transformers.CLIPModel.from_pretrained(path).to(device).eval()
     self.tokenizer = transformers.AutoTokenizer.from_pretrained(path)
     self.processor = (
@@ -221,77 +219,14 @@ def _crops(image: Image.Image, scale: int) -> list[Image.Image]:
   ]
 
 
-class DinoSam:
-  """Boxes by Grounding DINO, filled by SAM; their union is the mask."""
-
-  def __init__(self, dino: str, sam: str, device: str = 'cpu'):
-    dino = _folder(dino, 'score.grounder_path')
-    sam = _folder(sam, 'score.grounder_path')
-    self.dino = transformers.GroundingDinoForObjectDetection.from_pretrained(
-      dino
-    )
-    self.sam = transformers.SamModel.from_pretrained(sam)
-    self.tokenizer = transformers.AutoTokenizer.from_pretrained(dino)
-    pil = image_processing_pil_grounding_dino.GroundingDinoImageProcessorPil
-    self.processor = pil.from_pretrained(dino)
-    self.sam_processor = transformers.SamProcessor(
-      image_processing_pil_sam.SamImageProcessorPil.from_pretrained(sam)
-    )
-    self.device = device
-    for model in (self.dino, self.sam):
-      model.to(device).eval()
-
-  @torch.no_grad()
-  def masks(self, images, index, phrases, box_threshold) -> list[np.ndarray]:
-    """See Grounder."""
-    return [
-      self._mask(images[at], phrase, box_threshold)
-      for at, phrase in zip(index, phrases, strict=True)
-    ]
-
-  def _mask(self, image: Image.Image, phrase: str, threshold: float):
-    boxes_N4 = self._boxes(image, phrase, threshold)
-    if not len(boxes_N4):
-      return np.zeros(image.size[::-1], bool)
-    inputs = self.sam_processor(
-      image, input_boxes=[boxes_N4.tolist()], return_tensors='pt'
-    )
-    out = self.sam(
-      pixel_values=inputs['pixel_values'].to(self.device),
-      input_boxes=inputs['input_boxes'].to(self.device, torch.float32),
-      multimask_output=False,
-    )
-    masks = self.sam_processor.image_processor.post_process_masks(
-      out.pred_masks.cpu(),
-      inputs['original_sizes'],
-      inputs['reshaped_input_sizes'],
-    )[0]
-    return masks.flatten(0, 1).any(0).numpy()
-
-  def _boxes(self, image: Image.Image, phrase: str, threshold: float):
-    """Boxes (x0, y0, x1, y1) in pixels, [N, 4]."""
-    text = phrase.lower().strip().rstrip('.') + '.'  # as it was trained
-    inputs = self.processor(image, return_tensors='pt')
-    tokens = self.tokenizer(text, return_tensors='pt', truncation=True)
-    inputs = {
-      name: value.to(self.device)
-      for name, value in {**inputs, **tokens}.items()
-    }
-    out = self.dino(**inputs)
-    keep_N = out.logits[0].sigmoid().max(-1).values > threshold
-    x_N, y_N, w_N, h_N = out.pred_boxes[0, keep_N].unbind(-1)
-    corners_N4 = torch.stack(
-      [x_N - w_N / 2, y_N - h_N / 2, x_N + w_N / 2, y_N + h_N / 2], -1
-    )
-    return corners_N4.cpu() * torch.tensor(image.size * 2)
-
-
 class ClipSeg:
   """CLIPSeg: a mask where the phrase's probability exceeds a half."""
 
   def __init__(self, path: str | pathlib.Path, device: str = 'cpu'):
-    path = _folder(path, 'score.grounder_path')
-    model = transformers.CLIPSegForImageSegmentation.from_pretrained(path)
+    path = model_folder(path, 'score.grounder_path')
+    model = transformers.CLIPSegForImageSegmentation.from_pretrained(
+      path, dtype=torch.float32
+    )
     self.model = model.to(device).eval()
     self.tokenizer = transformers.AutoTokenizer.from_pretrained(path)
     self.processor = (
@@ -304,11 +239,12 @@ class ClipSeg:
     del box_threshold
     found: list[np.ndarray] = []
     for at in range(0, len(phrases), BATCH):
-      chosen = [images[i] for i in index[at : at + BATCH]]
+      chosen = [images[i].convert('RGB') for i in index[at : at + BATCH]]
       tokens = self.tokenizer(
         list(phrases[at : at + BATCH]),
         padding=True,
         truncation=True,
+        max_length=self.model.config.text_config.max_position_embeddings,
         return_tensors='pt',
       )
       pixels = self.processor(chosen, return_tensors='pt')['pixel_values']
@@ -320,7 +256,10 @@ class ClipSeg:
       logits_BHW = out.logits.reshape(len(chosen), *out.logits.shape[-2:])
       for image, logits_HW in zip(chosen, logits_BHW, strict=True):
         wide_HW = functional.interpolate(
-          logits_HW[None, None], image.size[::-1], mode='bilinear'
+          logits_HW[None, None],
+          image.size[::-1],
+          mode='bilinear',
+          align_corners=False,
         )[0, 0]
         found.append((wide_HW > 0).cpu().numpy())
     return found
@@ -343,10 +282,3 @@ def grounder(name: str, path: str, clip: Clip, device: str = 'cpu') -> Grounder:
   if not comma:
     raise ValueError(f'score.grounder_path {path!r} is not DINO,SAM folders')
   return DinoSam(dino.strip(), sam.strip(), device)
-
-
-def _folder(path: str | pathlib.Path, field: str) -> pathlib.Path:
-  path = pathlib.Path(path)
-  if not (path / 'config.json').is_file():
-    raise ValueError(f'{field}: {path} is no model folder (no config.json)')
-  return path

@@ -86,5 +86,9 @@ def neuronpedia(
     source,
     index,
     lambda start, stop: sae.read('w_dec_MD', start, stop),
-    records.read(Explanation, workdir.file('explanations.jsonl')),
+    [
+      one
+      for one in records.read(Explanation, workdir.file('explanations.jsonl'))
+      if not one.dictionary
+    ],
   )

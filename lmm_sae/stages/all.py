@@ -7,8 +7,10 @@ beside the stages that make and score them; on a CPU, subject and explainer have
 half the cores each.
 Where server.url is empty, `lmm-sae serve` is started once there is an SAE to
 serve; where explain.base_url is empty, `transformers serve` is started for each
-explainer and the explain stage runs once with each. The servers load while
-earlier stages work, log to WORKDIR/logs, and never outlive this process.
+explainer and the explain stage runs once with each. While score.judge_url is
+empty, too, those of them that score.judge_model and score.second_model name
+judge: they are stopped once scores are there. The servers load while earlier
+stages work, log to WORKDIR/logs, and never outlive this process.
 """
 
 import contextlib
@@ -26,12 +28,16 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from lmm_sae.core import concepts, host, records, servers, summary
+from lmm_sae.core import config as configs
 from lmm_sae.core.workdir import Workdir
 
 FIRST = ('capture', 'train')
 MIDDLE = ('index',)  # while the servers load
 LANES = (('evaluate', 'explain', 'score'), ('steer', 'attribute'))  # at once
 LAST = ('report',)
+KEYS = tuple(
+  x for x in configs.SECRET if x.endswith('_key') and x != 'explain.api_key'
+)  # that one is in the environment
 ORDER = (*FIRST, *MIDDLE, *LANES[0], *LANES[1], *LAST)
 TICK_S = 0.5  # how often running stages are looked at, and timed
 
@@ -47,6 +53,11 @@ class AllConfig:
     explain_url: of a running explainer; '' starts those named in `explainers`.
     explainers: packaged sizes or model folders; each explains every latent.
     api_key: of the explainer at explain_url.
+    judges: those of `explainers` that judge, at most two.
+    keys: of further servers of the user's, by the field that holds them.
+
+  Raises:
+    ValueError: a judge is to be one of the explainers, and is none.
   """
 
   device: str
@@ -56,10 +67,23 @@ class AllConfig:
   explain_url: str
   explainers: tuple[str, ...]
   api_key: str
+  judges: tuple[str, ...]
+  keys: dict[str, str]
+
+  def __post_init__(self):
+    for name in self.judges:
+      if name not in self.explainers:
+        raise ValueError(
+          f'score.judge_model and score.second_model: {name!r} is none of the '
+          f'explainers that are started, {self.explainers}: name one of them, '
+          'or give score.judge_url'
+        )
 
   @classmethod
   def of(cls, config: ConfigDict) -> 'AllConfig':
     names = (config.explain.model or 'base', *config.explain.others)
+    ours = not (config.explain.base_url or config.score.judge_url)
+    judges = (config.score.judge_model, config.score.second_model)
     return cls(
       device=config.lmm.device,
       threads=config.lmm.threads or max(1, host.cores() // 2),
@@ -68,6 +92,8 @@ class AllConfig:
       explain_url=config.explain.base_url,
       explainers=() if config.explain.base_url else tuple(dict.fromkeys(names)),
       api_key=config.explain.api_key,
+      judges=tuple(name for name in judges if name) if ours else (),
+      keys={name: key for name in KEYS if (key := configs.flat(config)[name])},
     )
 
 
@@ -83,25 +109,25 @@ def run(config: ConfigDict, workdir: Workdir) -> None:
   if opts.api_key:
     os.environ['OPENAI_API_KEY'] = opts.api_key
   seconds = Seconds(workdir.file('seconds.json'))
-  subject, explainers = None, []
+  subject, explainers = None, {}
 
   def lane(*stages: str) -> Iterator[None]:
     for stage in stages:
       for flags in _flags(stage, opts, subject, explainers):
         yield from _stage(stage, flags, workdir, seconds)
-      if stage == 'explain':
-        for server in explainers:
+      if stage == ('score' if opts.judges else 'explain'):
+        for server in explainers.values():
           server.stop()
 
   with _signals_raise(), contextlib.ExitStack() as stack:
     _side_by_side(lane(*FIRST))
     if not opts.server_url:
       subject = stack.enter_context(_subject(opts, workdir))
-    for folder in folders:
+    for name, folder in zip(opts.explainers, folders, strict=True):
       server = servers.explainer(
         folder, workdir.file('logs'), opts.device, opts.threads
       )
-      explainers.append(stack.enter_context(server))
+      explainers[name] = stack.enter_context(server)
     _side_by_side(lane(*MIDDLE))
     known = workdir.file(concepts.FILE).exists()
     lanes = LANES if known else (LANES[0] + LANES[1],)  # they read the labels
@@ -179,7 +205,7 @@ def _flags(
   stage: str,
   opts: AllConfig,
   subject: servers.Server | None,
-  explainers: list[servers.Server],
+  explainers: dict[str, servers.Server],
 ) -> list[list[str]]:
   """The flags of each run of a stage; waits for the servers that they name."""
   flags = []
@@ -188,6 +214,16 @@ def _flags(
       flags.append(f'--config.server.url={subject.wait()}')
     if opts.server_token:
       flags.append(f'--config.server.token={opts.server_token}')
+  flags += [
+    f'--config.{name}={key}'
+    for name, key in opts.keys.items()
+    if name.startswith(f'{stage}.')
+  ]
+  if stage == 'score':
+    for role, name in zip(('judge', 'second'), opts.judges, strict=False):
+      server = explainers[name]
+      flags.append(f'--config.score.{role}_url={server.wait()}/v1')
+      flags.append(f'--config.score.{role}_model={server.model}')
   if stage != 'explain' or not explainers:
     return [flags]
   return [
@@ -196,7 +232,7 @@ def _flags(
       f'--config.explain.base_url={server.wait()}/v1',
       f'--config.explain.model={server.model}',
     ]
-    for server in explainers
+    for server in explainers.values()
   ]
 
 
@@ -208,7 +244,9 @@ def _stage(
   Raises:
     ChildProcessError: it failed.
   """
-  logging.info('%s', ' '.join([stage, *flags]))
+  secret = tuple(f'--config.{name}=' for name in configs.SECRET)
+  told = [flag for flag in flags if not flag.startswith(secret)]
+  logging.info('%s', ' '.join([stage, *told]))
   begin = time.monotonic()
   with servers.child(command(stage, workdir, flags)) as process:
     code = None

@@ -352,6 +352,7 @@ def _names(workdir: Workdir, layer: int) -> dict[int, str]:
   for one in records.read(
     records.Explanation, workdir.file('explanations.jsonl')
   ):
-    if one.layer == layer and one.outcome == 'explained':
+    about = one.layer, one.outcome, one.dictionary
+    if about == (layer, 'explained', ''):
       labels.setdefault(one.latent, one.label)
   return labels

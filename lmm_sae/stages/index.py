@@ -1,99 +1,87 @@
 """Finds, for every latent, the images and tokens that fire it.
 
 Streams acts/<split> through the SAE's encoder and writes index/<layer>/<split>
-(see `core.index`). Done in parts of consecutive samples: run it again and the
-finished parts are kept. Where masks and labels are exact, it also writes
-concepts.json: what each latent stands for, by the rule of `core.truth`. Maps
-and concepts are of a sample's first image.
+(see `core.index`). Done in parts of consecutive samples, by index.processes of
+this machine or by several commands with index.share=i/n on one workdir: run it
+again and the finished parts are kept; who ends last merges them. Where masks
+and labels are exact, it also writes concepts.json: what each latent stands for,
+by the rule of `core.truth`. Maps and concepts are of a sample's first image.
+
+With index.latent=M or index.sample=S it prints what the index of each layer
+knows of that latent or sample, and makes nothing.
 """
 
-import dataclasses
-import hashlib
-import json
+import contextlib
+import fcntl
+import os
 import pathlib
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
-import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from lmm_sae.core import (
-  concepts,
-  duplicates,
-  index_build,
-  index_merge,
-  progress,
-  records,
-  truth,
-)
-from lmm_sae.core.index import IndexMeta, read_meta
+from lmm_sae.core import index_merge, index_text
+from lmm_sae.core.index import IndexMeta, LatentIndex, read_meta
 from lmm_sae.core.store import ActivationStore
 from lmm_sae.core.workdir import Workdir
-from lmm_sae.sae import exports, share
-from lmm_sae.sae.baseview import BaseView, check_one_grid
-
-PART_SAMPLES = 256  # samples a part, unless that makes more than MAX_PARTS
-MAX_PARTS = 64
-TOKENS = ('sample', 'position', 'token', 'kind', 'image', 'row', 'col')
-
-
-@dataclasses.dataclass(frozen=True)
-class IndexConfig:
-  """The section `index` of the config; its fields are explained there."""
-
-  splits: tuple[str, ...]
-  rows: int
-  exemplars: int
-  text_exemplars: int
-  context: int
-  threshold: float
-  always_on: float
-
-  def __post_init__(self):
-    if self.rows < 1:
-      raise ValueError(f'index.rows is {self.rows}; it must be at least 1')
-    if not 0 < self.always_on <= 1:
-      raise ValueError(
-        f'index.always_on is {self.always_on}; it is a share: above 0, up to 1'
-      )
+from lmm_sae.sae import concept_table, exports, index_parts, index_plan
+from lmm_sae.sae.baseview import check_one_grid
+from lmm_sae.sae.index_plan import IndexConfig, Job
 
 
 def run(config: ConfigDict, workdir: Workdir) -> None:
   """Indexes every configured split of every hooked layer."""
   opts = IndexConfig(**config.index)
+  if opts.latent >= 0 or opts.sample >= 0:
+    for text in answers(workdir, tuple(config.lmm.layers), opts):
+      print(text)
+    return
   if {'a', 'b'} <= set(opts.splits):
-    write_concepts(workdir, tuple(config.lmm.layers))
+    layers = tuple(config.lmm.layers)
+    concept_table.write(workdir, layers, opts.dictionaries, config.seed)
   for layer in config.lmm.layers:
-    sae = exports.load(workdir.require(workdir.export(layer), 'train'))
-    for split in opts.splits:
-      store = ActivationStore.open(
-        workdir.require(workdir.acts(split), 'capture')
-      )
-      build(workdir.index(layer, split), store, layer, opts, sae)
+    for dictionary in ('', *opts.dictionaries):
+      sae = None
+      for split in opts.splits:
+        acts = workdir.require(workdir.acts(split), 'capture')
+        path = workdir.index(layer, split, dictionary)
+        job = Job(path, acts, workdir, layer, dictionary, opts, config.seed)
+        sae = sae or job.sae()
+        build(job, ActivationStore.open(acts), sae)
 
 
-def build(
-  path: pathlib.Path,
-  store: ActivationStore,
-  layer: int,
-  opts: IndexConfig,
-  sae: exports.Sae,
-) -> None:
-  """Builds the index of one split at `path`, or what is left to do of it.
+def answers(
+  workdir: Workdir, layers: tuple[int, ...], opts: IndexConfig
+) -> Iterator[str]:
+  """What each index knows of the latent and the sample asked about."""
+  for layer in layers:
+    for dictionary in ('', *opts.dictionaries):
+      for split in opts.splits:
+        index = LatentIndex.open(
+          workdir.require(workdir.index(layer, split, dictionary), 'index')
+        )
+        if opts.latent >= 0:
+          yield index_text.latent(index, opts.latent)
+        if opts.sample >= 0:
+          yield index_text.sample(index, opts.sample)
+
+
+def build(job: Job, store: ActivationStore, sae: exports.Sae) -> None:
+  """Builds the index of one split, or what is left to do of this share.
 
   Raises:
     ValueError: an index of something else stands there, there is nothing to
-      index, a sample's rows are mixed or not all there, or its images have
-      grids of their own.
+      index, a sample's rows are mixed or not all there, its images have grids
+      of their own, or the memory does not do for one sample.
   """
-  samples = store.samples()
+  samples, opts = store.samples(), job.opts
   if not samples:
     raise ValueError(f'{store.path} holds no sample: there is nothing to index')
   check_one_grid(store)
   spans = [store.span(sample) for sample in samples]
   meta = IndexMeta(
-    layer=layer,
+    layer=job.layer,
     split=store.meta.split,
     latents=sae.config.latents,
     k=sae.config.most,
@@ -104,166 +92,74 @@ def build(
     firings=0,
     threshold=opts.threshold,
     always_on=opts.always_on,
-    source=_source(store, opts, sae),
+    source=index_plan.source(store, opts, sae),
   )
-  if _finished(path, meta):
-    logging.info('index: %s is complete', path)
+  if _finished(job.path, meta):
+    logging.info('index: %s is complete', job.path)
     return
-  shape = index_build.Shape(
-    latents=meta.latents,
-    grid=meta.grid,
-    exemplars=opts.exemplars,
-    texts=opts.text_exemplars,
-    context=opts.context,
-    threshold=opts.threshold,
-  )
-  duplicate_S = _duplicates(store, meta.samples)
-  size = max(PART_SAMPLES, -(-len(samples) // MAX_PARTS))
-  parts = []
-  for at in progress.track(
-    range(0, len(samples), size), what=f'index {layer}/{meta.split}: parts'
-  ):
-    parts.append(path / 'parts' / f'{at:08d}.npz')
-    if parts[-1].exists():
-      continue
-    part = index_build.Part(shape, duplicate_S)
-    for start, stop in _chunks(spans[at : at + size], opts.rows):
-      tokens = store.tokens(start, stop, TOKENS)
-      part.add(tokens, *sae.encode(store.read(layer, start, stop)))
-    part.save(parts[-1])
-  keep = (opts.exemplars, opts.text_exemplars)
-  done = index_merge.merge(path, parts, meta, keep, duplicate_S, store.vocab)
-  shutil.rmtree(path / 'parts')
+  job.shape(store, meta.latents)  # refuses settings before work begins
+  plan = index_plan.draft(meta.source, spans, meta.latents, meta.k, opts)
+  plan = index_plan.agree(job, plan)
+  index_parts.near_duplicates(job, store)
+  index_parts.make(job, plan, sae)
+  with _alone(job.path):
+    if _finished(job.path, meta):
+      logging.info('index: another command has merged %s', job.path)
+      return
+    parts = [job.part(at) for at in plan.begins]
+    missing = sum(not part.exists() for part in parts)
+    if missing:
+      logging.info(
+        'index: %s: %d of %d parts are left to other shares',
+        job.path,
+        missing,
+        len(parts),
+      )
+      return
+    done = index_merge.merge(
+      job.path,
+      parts,
+      meta,
+      (opts.exemplars, opts.text_exemplars),
+      index_parts.near_duplicates(job, store),
+      store.vocab,
+      opts.spread,
+      opts.memory_mb,
+    )
+    shutil.rmtree(job.path / 'parts')
   logging.info(
-    'index: %s: %d firings of %d rows', path, done.firings, done.rows
+    'index: %s: %d firings of %d rows', job.path, done.firings, done.rows
   )
 
 
 def _finished(path: pathlib.Path, meta: IndexMeta) -> bool:
-  """Whether the index stands; notes what it is made of where it does not.
+  """Whether the index stands.
 
   Raises:
     ValueError: what stands there was made of something else.
   """
-  found, note = read_meta(path), path / 'parts' / 'source.json'
-  if found is not None:
-    made_of = found.source
-  elif note.exists():
-    made_of = json.loads(note.read_text())
-  else:
-    records.write_json(note, meta.source)
+  found = read_meta(path)
+  if found is None:
     return False
-  if found is not None and found.k != meta.k:
+  made_of = found.source
+  if found.k != meta.k:
     made_of += f', {found.k} a row instead of {meta.k}'
   if made_of != meta.source:
     raise ValueError(
       f'{path} was made of other activations, another SAE or other settings '
       f'({made_of}, now {meta.source}): delete that folder to make it again'
     )
-  if found is not None:  # a run may be killed between the two
-    shutil.rmtree(path / 'parts', ignore_errors=True)
-  return found is not None
+  # A run may be killed between the two.
+  shutil.rmtree(path / 'parts', ignore_errors=True)
+  return True
 
 
-def _source(store: ActivationStore, opts: IndexConfig, sae: exports.Sae) -> str:
-  """What an index is made of, as a short text; equal text, equal index."""
-  rest = hashlib.blake2b(digest_size=6)
-  meta = records.to_json(store.meta) | {
-    'samples': len(store.samples()),
-    'rows': store.num_rows,
-    'index': dataclasses.asdict(opts) | {'splits': (), 'rows': 0},
-  }
-  rest.update(json.dumps(meta, sort_keys=True).encode())
-  return f'sae {share.firing(sae)}, store and settings {rest.hexdigest()}'
-
-
-def _duplicates(store: ActivationStore, size: int) -> np.ndarray:
-  """For each sample, the first one whose image is nearly the same."""
-  duplicate_S = np.arange(size)
-  samples, thumbnails = [], []
-  for sample in store.samples():
-    if sample.image:
-      samples.append(sample.sample)
-      thumbnails.append(duplicates.thumbnail(store.image(sample.sample)))
-  if samples:
-    places = np.array(samples)
-    duplicate_S[places] = places[duplicates.firsts(thumbnails)]
-  return duplicate_S
-
-
-def _chunks(
-  spans: Sequence[tuple[int, int]], rows: int
-) -> Iterator[tuple[int, int]]:
-  """(start, stop) of runs of whole, adjoining samples, about `rows` long."""
-  start = stop = spans[0][0]
-  for first, last in spans:
-    if first != stop or (stop > start and last - start > rows):
-      if stop > start:
-        yield start, stop
-      start = first
-    stop = last
-  if stop > start:
-    yield start, stop
-
-
-# Concepts, where the truth is known.
-
-
-def write_concepts(workdir: Workdir, layers: Sequence[int]) -> None:
-  """Writes concepts.json unless it stands, or the truth is not known.
-
-  {layer: [concepts.Concept], neurons: {layer: concepts with a clean neuron},
-  counted: concepts of objects, source: what it was made of}.
-  """
-  stores = {
-    split: ActivationStore.open(workdir.require(workdir.acts(split), 'capture'))
-    for split in ('a', 'b')
-  }
-  samples = {split: store.samples() for split, store in stores.items()}
-  if not all(s.truth for split in samples for s in samples[split]):
-    logging.info('index: masks and labels are not known; no concepts.json')
-    return
-  saes = {
-    layer: exports.load(workdir.require(workdir.export(layer), 'train'))
-    for layer in layers
-  }
-  path = workdir.file(concepts.FILE)
-  source = _concepts_source(stores, saes)
-  if path.exists() and json.loads(path.read_text()).get('source') == source:
-    return
-  vocabulary = truth.Vocabulary.of(samples['a'] + samples['b'])
-  table = {
-    'format_version': records.FORMAT_VERSION,
-    'source': source,
-    'counted': list(vocabulary.counted),
-    'neurons': {},
-  }
-  for layer, sae in saes.items():
-    half_a, half_b = (
-      BaseView(store, layer, sae).half(vocabulary) for store in stores.values()
-    )
-    units = truth.Latents(sae.config.latents)
-    rows = truth.concept_table(units, half_a, half_b, vocabulary)
-    raw = truth.concept_table(truth.Neurons(half_a), half_a, half_b, vocabulary)
-    table[str(layer)] = [dataclasses.asdict(row) for row in rows]
-    table['neurons'][str(layer)] = truth.clean_count(raw)
-    logging.info(
-      'index: layer %d: %d of %d concepts have a clean latent, %d a neuron',
-      layer,
-      truth.clean_count(rows),
-      len(vocabulary.counted),
-      truth.clean_count(raw),
-    )
-  records.write_json(path, table)
-
-
-def _concepts_source(stores, saes) -> str:
-  """What the concepts are made of, as a short text."""
-  mark = hashlib.blake2b(digest_size=6)
-  for store in stores.values():
-    note = records.to_json(store.meta), store.num_rows
-    mark.update(json.dumps(note, sort_keys=True).encode())
-  for layer, sae in saes.items():
-    mark.update(f'{layer}'.encode())
-    share.firing(sae, mark)
-  return mark.hexdigest()
+@contextlib.contextmanager
+def _alone(path: pathlib.Path) -> Iterator[None]:
+  """Holds the folder against other commands that would merge it."""
+  folder = os.open(path, os.O_RDONLY)
+  try:
+    fcntl.flock(folder, fcntl.LOCK_EX)
+    yield
+  finally:
+    os.close(folder)

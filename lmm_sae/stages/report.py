@@ -32,6 +32,7 @@ from lmm_sae.core import (
   report_overview,
   report_studies,
   summary,
+  tables,
 )
 from lmm_sae.core.findings import FATES, FLAGS, Findings
 from lmm_sae.core.report_latents import Shown
@@ -83,6 +84,7 @@ def run(config: ConfigDict, workdir: Workdir) -> None:
   )
   found = [Findings.of(workdir, layer, split) for layer in layers]
   figures = summary.compute(workdir, layers)
+  figures['tables'] = tables.of(found, workdir)
   records.write_json(workdir.file('summary.json'), figures)
   folder = workdir.file('report')
   build(workdir, folder, opts, shown, found, figures)

@@ -13,20 +13,47 @@ Writes scores.jsonl, for each explained latent:
   clip       100 * cos(label, whole image)
 
 with the baselines `random` (the label and the latent's own activations on
-random images) and `shuffled` (another latent's label on these images). Run it
-again and what is missing is scored.
+random images) and `shuffled` (another latent's label on these images). Latents
+of the dictionaries that were explained beside the SAE are scored alike.
+
+Where score.judge_url names a chat server, its model is asked, of score.judged
+latents, and never told what fired:
+
+  detection  whether the label is in a picture that fires, or in a silent one
+  fuzzing    whether it is what a dimmed picture leaves bright, rightly or not
+  intruder   which of several dimmed pictures is another latent's
+
+each of contexts, too, for latents that fire on text alone (detection_text, and
+so on). The first two are balanced accuracies, chance 1/2, the third is an
+accuracy, chance 1 in explain.exemplars. `random` would say no more than that:
+silent pictures are random ones, on which a label is right by chance. A second
+judge gives `consistency`, the share of answers on which the two agree.
+judgements.jsonl has every answer; judges.json how each judge fared on questions
+whose answers are known, and how far two agree. An answer that could not be had
+is counted there and in no accuracy; one that says neither yes nor no is wrong.
+
+Run it again and what is missing is scored.
 """
 
 import dataclasses
 import functools
-import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
-import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from lmm_sae.core import concepts, masks, progress, records, stats, truth
+from lmm_sae.core import (
+  concepts,
+  explaining,
+  grounded,
+  judged,
+  judging,
+  records,
+  stats,
+)
+from lmm_sae.core import trials as trials_lib
+from lmm_sae.core.chat import ChatClient
+from lmm_sae.core.grounded import Bench, short
 from lmm_sae.core.index import LatentIndex
 from lmm_sae.core.records import Explanation, Score
 from lmm_sae.core.remote import SubjectClient
@@ -36,9 +63,8 @@ from lmm_sae.sae import exports
 from lmm_sae.sae.baseview import BaseView
 
 FILE = 'scores.jsonl'
-BLOCK = 128  # latents whose pairs of image and text are judged together
-PAIRS = 256  # of a request
-IMAGES = 256  # images, and region maps, kept in memory
+JUDGEMENTS = 'judgements.jsonl'
+JUDGES = 'judges.json'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,12 +77,64 @@ class ScoreConfig:
   grounder: str
   grounder_path: str
   clip_path: str
+  judge_url: str
+  judge_model: str
+  judge_key: str
+  second_url: str
+  second_model: str
+  second_key: str
+  judged: int
+  cases: int
+  fuzz: str
+  concurrency: int
   bootstrap: int
 
   def __post_init__(self):
-    for name in ('images', 'random', 'bootstrap'):
+    for name in ('images', 'random', 'concurrency', 'bootstrap'):
       if getattr(self, name) < 1:
         raise ValueError(f'score.{name} must be at least 1')
+    if self.cases < 2:
+      raise ValueError(
+        f'score.cases {self.cases} must be at least 2: one true, one false'
+      )
+    if self.judged < 0:
+      raise ValueError(f'score.judged {self.judged} must be 0 (all) or more')
+    if self.fuzz not in trials_lib.FUZZ:
+      raise ValueError(f'score.fuzz {self.fuzz!r} is none of {trials_lib.FUZZ}')
+    if self.judge_url and not self.judge_model:
+      raise ValueError('score.judge_url is given without score.judge_model')
+    if self.second_model and not self.judge_url:
+      raise ValueError('score.second_model needs a first: score.judge_url')
+    if self.second_model and self.second_model == self.judge_model:
+      raise ValueError(
+        f'score.second_model {self.second_model!r} is the first judge: two '
+        'judges need two names'
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class Chats:
+  """What the clients of judges are made with, as in the section `explain`."""
+
+  max_tokens: int
+  timeout_s: float
+  retries: int
+
+  def open(
+    self, role: str, url: str, model: str, key: str, workdir: Workdir
+  ) -> ChatClient:
+    return ChatClient(
+      url,
+      model,
+      role=role,
+      api_key=key,
+      cache=workdir.file('cache') / 'chat',
+      usage=workdir.file('usage.json'),
+      **dataclasses.asdict(self),
+    )
+
+
+Group = tuple[Bench, list[Explanation]]  # one explainer's, of one dictionary
 
 
 def run(config: ConfigDict, workdir: Workdir) -> None:
@@ -67,39 +145,64 @@ def run(config: ConfigDict, workdir: Workdir) -> None:
       'server.url is empty: start `lmm-sae serve` and give its URL, or run '
       '`lmm-sae all`, which starts one'
     )
+  explain = config.explain
+  chats = Chats(explain.max_tokens, explain.timeout_s, explain.retries)
+  style = trials_lib.Style(
+    cases=opts.cases,
+    pictures=explain.exemplars,
+    fuzz=opts.fuzz,
+    pixels=explain.pixels,
+    mask=explain.mask,
+  )
+  plan = judged.Plan(style, opts.judged, explain.exemplars)
   explained = records.read(
     Explanation, workdir.require(workdir.file('explanations.jsonl'), 'explain')
   )
   layers = tuple(config.lmm.layers)
-  split, lit, seed = config.explain.split, config.explain.threshold, config.seed
   server = config.server
+  groups: list[Group] = []
   with SubjectClient(server.url, server.token, server.timeout_s) as client:
     for layer in layers:
-      index = workdir.require(workdir.index(layer, split), 'index')
-      sae = exports.load(workdir.require(workdir.export(layer), 'train'))
-      view = BaseView(ActivationStore.open(workdir.acts(split)), layer, sae)
-      bench = Bench(opts, seed, lit, LatentIndex.open(index), view, client)
       mine = [e for e in explained if e.layer == layer]
-      for name in dict.fromkeys(e.explainer for e in mine):
-        score(
-          bench,
-          concepts.load(workdir, layer),
-          [e for e in mine if e.explainer == name],
-          workdir.file(FILE),
-        )
-  _log(workdir, opts, seed)
+      for dictionary in sorted({e.dictionary for e in mine}):
+        bench = _bench(config, opts, workdir, layer, dictionary, client)
+        some = [e for e in mine if e.dictionary == dictionary]
+        for name in dict.fromkeys(e.explainer for e in some):
+          groups.append((bench, [e for e in some if e.explainer == name]))
+          table = concepts.load(workdir, layer, dictionary)
+          with records.Appender(workdir.file(FILE)) as file:
+            _append(file, right(table, groups[-1][1]))
+            grounded.grounded(*groups[-1], file)
+  if opts.judge_url and groups:
+    judge(opts, plan, chats, groups, config.seed, layers, workdir)
+  _log(workdir, opts, config.seed)
 
 
-def score(
-  bench: 'Bench',
-  table: Sequence[concepts.Concept],
-  explained: Sequence[Explanation],
-  path: pathlib.Path,
-) -> None:
-  """Appends what the file lacks of one explainer's explanations of a layer."""
-  with records.Appender(path) as file:
-    _append(file, right(table, explained))
-    grounded(bench, explained, file)
+def _bench(config, opts, workdir, layer, dictionary, client) -> Bench:
+  """What one dictionary of one layer is scored with."""
+  split = config.explain.split
+  index = workdir.index(layer, split, dictionary)
+  workdir.require(index / 'meta.json', 'index')
+  workdir.require(workdir.export(layer), 'train')
+  sae = _sae(workdir, layer, dictionary, config.seed)
+  return Bench(
+    grounded.Settings(opts.images, opts.random, opts.box_threshold),
+    config.seed,
+    config.explain.threshold,
+    LatentIndex.open(index),
+    BaseView(ActivationStore.open(workdir.acts(split)), layer, sae),
+    client,
+  )
+
+
+def _sae(
+  workdir: Workdir, layer: int, dictionary: str, seed: int
+) -> exports.Sae:
+  if not dictionary:
+    return exports.load(workdir.export(layer))
+  from lmm_sae.sae import dictionaries
+
+  return dictionaries.load(workdir, layer, dictionary, seed)
 
 
 # Explanations against concepts.
@@ -120,194 +223,117 @@ def right(
     says = [concepts.says(text, row.concept) for text in texts]
     one = by_latent[row.latent]
     made = functools.partial(
-      Score, one.layer, one.latent, 'right', n=1, explainer=one.explainer
+      Score,
+      one.layer,
+      one.latent,
+      'right',
+      n=1,
+      explainer=one.explainer,
+      dictionary=one.dictionary,
     )
     lines.append(made(baseline='', value=float(says[i])))
     if len(says) > 1:
       others = (sum(says) - says[i]) / (len(says) - 1)
-      lines.append(made(baseline='shuffled', value=_short(others)))
+      lines.append(made(baseline='shuffled', value=short(others)))
   return lines
 
 
-# Explanations against images.
-
-
-class Bench:
-  """What the scores of one layer are taken with.
-
-  `lit` is the share of a latent's peak above which the explainer saw a patch;
-  `names` are the concepts of the images, () where they are not known.
-  """
-
-  def __init__(
-    self,
-    opts: ScoreConfig,
-    seed: int,
-    lit: float,
-    index: LatentIndex,
-    view: BaseView,
-    client: SubjectClient,
-  ):
-    self.opts, self.seed, self.lit = opts, seed, lit
-    self.index, self.view, self.client = index, view, client
-    samples = view.store.samples()
-    known = all(s.truth for s in samples)
-    self.names = truth.Vocabulary.of(samples).names if known else ()
-    self.pictured = [s.sample for s in samples if s.image]
-    self.image = functools.lru_cache(IMAGES)(view.store.image)
-    self._regions = functools.lru_cache(IMAGES)(view.store.regions)
-    self._named = functools.lru_cache(None)(self._concepts)
-
-  def named(self, sample: int, label: str) -> np.ndarray:
-    """The exact mask of what a label names; empty if it names nothing known."""
-    return truth.mask(
-      self._regions(sample),
-      self.view.store.sample(sample),
-      self._named(label),
-    )
-
-  def fires(self, latent: int, sample: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pixels that the explainer saw lit, and the paper's mask; bool [H, W]."""
-    about = self.view.store.sample(sample)
-    size = (about.width, about.height)
-    heat_HW = self.view.heat(sample, latent)
-    peak = float(self.index.stats['peak_base'][latent])
-    fires_HW = heat_HW >= self.index.meta.threshold
-    return (
-      masks.upsample(masks.lit(heat_HW, peak, self.lit), size, 'exact'),
-      masks.upsample(fires_HW, size, 'paper'),
-    )
-
-  def _concepts(self, label: str) -> list[str]:
-    return [name for name in self.names if concepts.says(label, name)]
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-  """One latent's label on some samples, under one baseline."""
-
-  latent: int
-  baseline: str
-  label: str
-  samples: tuple[int, ...]
-
-
-def grounded(
-  bench: Bench, explained: Sequence[Explanation], file: records.Appender
-) -> None:
-  """Appends what the file lacks of the scores against images.
-
-  Blocks of latents are the same in every run, and so is what is judged
-  together: a run that was broken off ends in the same file.
-  """
-  cases = plan(bench, explained)
-  if not cases:
-    return
-  explainer = explained[0].explainer
-  scorers = (
-    *(('iou_exact',) if bench.names else ()),
-    'iou',
-    'iou_paper',
-    'clip',
-  )
-  done = {
-    (line['latent'], line['scorer'], line['baseline'])
-    for line in file.existing
-    if (line['layer'], line['explainer']) == (bench.index.meta.layer, explainer)
-  }
-  latents = list(cases)
-  blocks = [latents[at : at + BLOCK] for at in range(0, len(latents), BLOCK)]
-  for block in progress.track(
-    blocks,
-    what=f'score {bench.index.meta.layer} by {explainer}: blocks of latents',
-  ):
-    mine = [case for latent in block for case in cases[latent]]
-    wanted = {(c.latent, s, c.baseline) for c in mine for s in scorers}
-    if wanted <= done:
-      continue
-    for case, values in judge(bench, mine):
-      for scorer in scorers:
-        if (case.latent, scorer, case.baseline) not in done:
-          file.add(
-            Score(
-              layer=bench.index.meta.layer,
-              latent=case.latent,
-              scorer=scorer,
-              baseline=case.baseline,
-              value=_short(np.mean(values[scorer])),
-              n=len(case.samples),
-              explainer=explainer,
-            )
-          )
-
-
-def plan(
-  bench: Bench, explained: Sequence[Explanation]
-) -> dict[int, list[Case]]:
-  """The cases of each latent that has a label and images, by latent."""
-  labels = {
-    e.latent: e.label
-    for e in explained
-    if e.outcome == 'explained' and bench.index.exemplars(e.latent)
-  }
-  latents = sorted(labels)
-  rng = np.random.default_rng([bench.seed, bench.index.meta.layer])
-  ring = rng.permutation(latents).tolist()
-  other = dict(zip(ring, ring[1:] + ring[:1], strict=True))
-  cases = {}
-  for m in latents:
-    shown = tuple(
-      e.sample for e in bench.index.exemplars(m)[: bench.opts.images]
-    )
-    rng = np.random.default_rng([bench.seed, bench.index.meta.layer, m])
-    size = min(bench.opts.random, len(bench.pictured))
-    random = rng.choice(bench.pictured, size, replace=False).tolist()
-    cases[m] = [
-      Case(m, '', labels[m], shown),
-      Case(m, 'random', labels[m], tuple(random)),
-    ]
-    if len(latents) > 1:
-      cases[m].append(Case(m, 'shuffled', labels[other[m]], shown))
-  return cases
+# Explanations before judges.
 
 
 def judge(
-  bench: Bench, cases: Sequence[Case]
-) -> Iterator[tuple[Case, dict[str, list[float]]]]:
-  """Each case with the values of all scorers, one a sample."""
-  pairs = sorted({(s, c.label) for c in cases for s in c.samples})
-  areas, fits = {}, {}  # by pair: masks as bits, `iou` and `iou_exact`; cosines
-  for at in range(0, len(pairs), PAIRS):
-    some = pairs[at : at + PAIRS]
-    images = [bench.image(sample) for sample, _ in some]
-    labels = [label for _, label in some]
-    found = bench.client.ground(images, labels, bench.opts.box_threshold)
-    fits |= zip(some, bench.client.clip(images, labels).tolist(), strict=True)
-    for pair, area_HW in zip(some, found, strict=True):
-      areas[pair] = {'iou': np.packbits(area_HW)}
-      if bench.names:
-        areas[pair]['iou_exact'] = np.packbits(bench.named(*pair))
-  fires = functools.cache(bench.fires)
-  for case in cases:
-    values = {'iou': [], 'iou_paper': [], 'clip': [], 'iou_exact': []}
-    for sample in case.samples:
-      lit_HW, paper_HW = fires(case.latent, sample)
-      for scorer, bits in areas[sample, case.label].items():
-        area_HW = np.unpackbits(bits, count=lit_HW.size).astype(bool)
-        area_HW = area_HW.reshape(lit_HW.shape)
-        values[scorer].append(masks.iou(area_HW, lit_HW))
-        if scorer == 'iou':
-          values['iou_paper'].append(masks.iou(area_HW, paper_HW))
-      values['clip'].append(fits[sample, case.label])
-    yield case, values
+  opts: ScoreConfig,
+  plan: judged.Plan,
+  chats: Chats,
+  groups: Sequence[Group],
+  seed: int,
+  layers: Sequence[int],
+  workdir: Workdir,
+) -> None:
+  """Has the judges answer, and writes what they said.
+
+  The first is asked about every label and its shuffled baseline, the second
+  about the SAE's labels; each about true ones, too.
+
+  Raises:
+    ConnectionError: a judge is gone; what it said is kept.
+  """
+  first = explaining.short_name(opts.judge_model)
+  second = explaining.short_name(opts.second_model) if opts.second_model else ''
+  lines: list[judging.Judgement] = []
+  roles = [('judge', opts.judge_url, opts.judge_model, opts.judge_key)]
+  if second:
+    same = opts.second_url in ('', opts.judge_url)  # no other is sent the key
+    key = opts.second_key or (opts.judge_key if same else '')
+    url = opts.second_url or opts.judge_url
+    roles.append(('second', url, opts.second_model, key))
+  for role, url, model, key in roles:
+    name = explaining.short_name(model)
+    with chats.open(role, url, model, key, workdir) as chat:
+      wanted = functools.partial(
+        judging.answers, chat, threads=opts.concurrency
+      )
+      mine: list[judging.Judgement] = []
+      for bench, explained in groups:
+        if name == first or not explained[0].dictionary:
+          about = judged.trials(bench, explained, plan, name, name == first)
+          mine += wanted(about)
+      tasks = {line.scorer for line in mine}
+      if tasks & set(judging.PICTURE_TASKS):
+        mine += wanted(judged.calibration(groups[0][0], plan, name))
+      if tasks & set(judging.TEXT_TASKS):
+        mine += wanted(judged.text_calibration(groups[0][0], plan, name))
+    lines += mine
+  judged.replace(
+    workdir.file(JUDGEMENTS),
+    [records.to_json(line) for line in lines],
+    (*layers, -1),
+  )
+  found = judged.scores(lines, first, second)
+  judged.replace(
+    workdir.file(FILE), [records.to_json(line) for line in found], layers
+  )
+  table = judging.summary(lines, first, second, seed, opts.bootstrap)
+  records.write_json(
+    workdir.file(JUDGES), {'format_version': records.FORMAT_VERSION, **table}
+  )
+  _log_judges(table)
+
+
+def _log_judges(table: dict) -> None:
+  """Logs how far a judge is to be trusted, task by task."""
+  for name, tasks in table['judges'].items():
+    for task, told in tasks.items():
+      known = told['calibration']
+      fared = 'is not known where answers are'
+      if known['value'] is not None:
+        fared = (
+          'is right of {:.3f} [{:.3f}, {:.3f}] of {} known answers'.format(
+            known['value'], *known['ci'], known['n']
+          )
+        )
+      told_n = told['asked'], told['failed'], told['unread']
+      logging.log(
+        logging.INFO if told['trusted'] else logging.WARNING,
+        'score: judge %s, %s: %s, chance %.3f%s; of %d asked %d failed, '
+        '%d unread',
+        *(name, task, fared, told['chance']),
+        '' if told['trusted'] else ': trust it not',
+        *told_n,
+      )
+  for task, one in table['agreement'].items():
+    logging.info(
+      'score: judges agree on %s: %.3f [%.3f, %.3f] of %d, kappa %s',
+      *(task, one['value'], *one['ci'], one['n']),
+      '-' if one['kappa'] is None else f'{one["kappa"]:.3f}',
+    )
 
 
 def _append(file: records.Appender, scores: Sequence[Score]) -> None:
   """Adds the scores that the file lacks."""
-  key = ('layer', 'latent', 'scorer', 'baseline', 'explainer')
-  done = {tuple(line[k] for k in key) for line in file.existing}
+  done = {grounded.key(line) for line in file.existing}
   for score in scores:
-    if tuple(getattr(score, k) for k in key) not in done:
+    if grounded.key(records.to_json(score)) not in done:
       file.add(score)
 
 
@@ -315,16 +341,16 @@ def _log(workdir: Workdir, opts: ScoreConfig, seed: int) -> None:
   """Logs the mean of every score and its 95% interval."""
   groups: dict[tuple, list[float]] = {}
   for line in records.read(Score, workdir.file(FILE)):
-    key = (line.layer, line.explainer, line.scorer, line.baseline)
+    key = (
+      *(line.layer, line.dictionary, line.explainer),
+      *(line.scorer, line.baseline),
+    )
     groups.setdefault(key, []).append(line.value)
-  for (layer, explainer, scorer, baseline), values in groups.items():
+  for (layer, dictionary, *about), values in groups.items():
+    explainer, scorer, baseline = about
     mean, low, high = stats.mean_ci(values, seed, opts.bootstrap)
     logging.info(
-      'score: layer %d by %s: %s %s %.3f [%.3f, %.3f] of %d latents',
-      *(layer, explainer, scorer, baseline or 'itself'),
+      'score: layer %d %s by %s: %s %s %.3f [%.3f, %.3f] of %d latents',
+      *(layer, dictionary or 'sae', explainer, scorer, baseline or 'itself'),
       *(mean, low, high, len(values)),
     )
-
-
-def _short(value: float) -> float:
-  return round(float(value), 6)

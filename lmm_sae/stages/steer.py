@@ -329,11 +329,14 @@ def _best_explained(bench: Bench, workdir: Workdir) -> tuple[int, ...]:
     for one in records.read(
       records.Explanation, workdir.file('explanations.jsonl')
     )
-    if one.layer == bench.layer and one.outcome == 'explained'
+    if one.layer == bench.layer
+    and one.outcome == 'explained'
+    and not one.dictionary
   }
   clip: dict[int, float] = {}
   for one in records.read(records.Score, workdir.file('scores.jsonl')):
-    if (one.layer, one.scorer, one.baseline) == (bench.layer, 'clip', ''):
+    about = one.layer, one.scorer, one.baseline, one.dictionary
+    if about == (bench.layer, 'clip', '', ''):
       clip.setdefault(one.latent, one.value)
   live = np.flatnonzero(bench.peaks_M > 0).tolist()
   pool = [latent for latent in live if latent in explained] or live

@@ -196,6 +196,23 @@ def test_a_server_is_left_alone_for_as_long_as_it_asks(status):
   assert came[1][0] - came[0][0] >= 0.4
 
 
+def test_a_wish_for_rest_is_kept_by_those_who_wait_already():
+  broken = functools.partial(say, status=500)
+  busy = functools.partial(say, status=429, Retry_After='0.8')
+  with (
+    scripted(broken, busy) as (url, came),
+    ChatClient(url, 'tiny', retries=2, backoff_s=0.2) as chat,
+  ):
+    first = threading.Thread(target=chat.ask, args=('one',))
+    first.start()
+    while not came:
+      time.sleep(0.001)
+    chat.ask('two')  # is told to rest while the first one pauses
+    first.join()
+  times = [at for at, _, _ in came]
+  assert min(times[2:]) - times[1] >= 0.8
+
+
 def test_all_requests_leave_it_alone_and_another_server_answers():
   busy = functools.partial(say, status=429, Retry_After='600')
   with (

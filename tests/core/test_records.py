@@ -1,13 +1,15 @@
 """Records as JSON."""
 
 import dataclasses
+import errno
 import json
+import pathlib
 
 import pytest
 
 from lmm_sae.core import records
 from lmm_sae.core.records import Picture, Sample, Turn
-from lmm_sae.core.store_meta import StoreMeta
+from tests.core.store_cases import META
 
 SAMPLE = Sample(
   sample=3,
@@ -25,19 +27,6 @@ SAMPLE = Sample(
   grid=(2, 3),
   more=(Picture('b.png', 1, 2),),
 )
-META = StoreMeta(
-  split='a',
-  model='small',
-  fingerprint='f',
-  layers=(1, 4),
-  layer_paths={'1': 'model.layers', '4': 'model.layers'},
-  width=8,
-  grid=(2, 3),
-  image_backend='Pixels',
-  mixed=False,
-  dtype='int8',
-  config={'data': {'limit': 0, 'keep': ['all', 'bos']}},
-)
 
 
 @pytest.mark.parametrize('record', [SAMPLE, META])
@@ -50,3 +39,17 @@ def test_json_has_every_field_as_dataclasses_give_them(record):
 def test_a_sample_comes_back_from_json():
   line = json.loads(json.dumps(records.to_json(SAMPLE)))
   assert records.from_json(Sample, line) == SAMPLE
+
+
+def test_a_full_disk_names_the_file_and_leaves_the_old_one(
+  tmp_path, monkeypatch
+):
+  records.write_json(tmp_path / 'a.json', {'old': 1})
+
+  def full(path, text):
+    raise OSError(errno.ENOSPC, 'No space left on device')
+
+  monkeypatch.setattr(pathlib.Path, 'write_text', full)
+  with pytest.raises(OSError, match=r'No space .*a\.json\.part'):
+    records.write_json(tmp_path / 'a.json', {'new': 2})
+  assert json.loads((tmp_path / 'a.json').read_text()) == {'old': 1}

@@ -29,8 +29,12 @@ def concept(latent, name, objects=0.9, f1_a=0.5, clean=False):
   }
 
 
-def explain(latent, text, explainer='large', outcome='explained', layer=2):
-  return Explanation(layer, latent, (), outcome, text, text, 'o', explainer)
+def explain(
+  latent, text, explainer='large', outcome='explained', layer=2, dictionary=''
+):
+  return Explanation(
+    layer, latent, (), outcome, text, text, 'o', explainer, dictionary
+  )
 
 
 def steer(study, target, plain, edited, control='', half='b', dose=2.0):
@@ -61,7 +65,15 @@ def workdir(tmp_path):
   counted = ['blue', 'happy', 'red', 'square', 'star']
   records.write_json(
     workdir.file('concepts.json'),
-    {'2': table, 'neurons': {'2': 1}, 'counted': counted},
+    {
+      '2': table,
+      'neurons': {'2': 1},
+      'counted': counted,
+      'dictionaries': {
+        'neurons': {'2': [concept(0, 'blue'), concept(1, 'red')]},
+        'untrained': {'2': [concept(m, 'red', clean=m > 0) for m in range(3)]},
+      },
+    },
   )
   records.write_json(
     workdir.file('evaluation.json'),
@@ -94,6 +106,9 @@ def workdir(tmp_path):
       explain(0, 'red', 'little'),
       explain(1, '', 'little', 'no_pattern'),
       explain(0, 'green', layer=3),
+      explain(0, 'blue', dictionary='neurons'),
+      explain(1, 'square', dictionary='neurons'),
+      explain(2, 'red', dictionary='untrained'),
     ],
   )
   append(
@@ -112,6 +127,15 @@ def workdir(tmp_path):
         for latent, value in enumerate(values)
       ),
       Score(2, 0, 'iou_exact', '', 0.9, 5, 'little'),
+      Score(2, 1, 'clip', '', 21, 5, 'little'),
+      Score(2, 0, 'clip', '', 26, 5, 'little'),
+      Score(2, 0, 'iou_exact', '', 0.2, 5, 'large', 'neurons'),
+      Score(2, 1, 'iou_exact', '', 0.1, 5, 'large', 'neurons'),
+      Score(2, 0, 'detection', '', 0.75, 8, 'large'),
+      Score(2, 1, 'detection', '', 0.5, 8, 'large'),
+      Score(2, 2, 'detection', '', 1.0, 8, 'large'),
+      Score(2, 1, 'detection', 'shuffled', 0.25, 8, 'large'),
+      Score(2, 0, 'consistency', '', 0.875, 8, 'large'),
     ],
   )
   append(
@@ -141,6 +165,26 @@ def workdir(tmp_path):
       )
     ],
   )
+  known = {'value': 0.55, 'n': 32, 'ci': [0.4, 0.7], 'lines': 8}
+  task = {
+    'chance': 0.5,
+    'calibration': known,
+    'trusted': False,
+    'asked': 90,
+    'failed': 3,
+    'unread': 2,
+  }
+  agreement = {'detection': {'value': 0.9, 'n': 8, 'ci': [0.7, 1], 'kappa': 0}}
+  records.write_json(
+    workdir.file('judges.json'),
+    {
+      'format_version': 1,
+      'first': 'large',
+      'second': 'little',
+      'judges': {'large': {'detection': task}},
+      'agreement': agreement,
+    },
+  )
   records.write_json(workdir.file('seconds.json'), {'capture': 30, 'train': 60})
   return workdir
 
@@ -157,25 +201,44 @@ def test_each_figure_is_what_the_files_say(workdir):
     5,
   )
   approx = pytest.approx
-  assert values == {
+  missing = {name for name, value in values.items() if value == (None, 0)}
+  assert {name: values[name] for name in values if name not in missing} == {
     'fvu': (0.05, 900),
     'ce_recovered': (0.6, 6),
     'clean_concepts': (2, 5),
     'clean_concepts_neurons': (1, 5),
+    'clean_concepts_untrained': (1, 5),
     'explained_right': (0.75, 4),
     # red by 2 other texts of 3, red by 3 of 3, square by 0, happy by 0
     'explained_right_shuffled': (approx((2 / 3 + 1) / 4), 4),
+    'explained_right_untrained': (1, 1),
+    'explained_right_neurons': (0.5, 2),
+    'explained_difference': (0.0, 2),  # red: both; red again: neither
     'iou': (approx(0.5), 2),
     'iou_random': (approx(0.15), 2),
-    'iou_shuffled': (None, 0),
+    'iou_neurons': (approx(0.15), 2),
     'clip': (26, 2),
-    'clip_random': (None, 0),
     'clip_shuffled': (21.5, 2),
+    'detection': (0.75, 3),
+    'detection_shuffled': (0.25, 1),
+    'consistency': (0.875, 1),
     'steer_colour': (approx(2 / 3), 3),
     'steer_emotion': (1, 1),
     'steer_random': (0.5, 2),
     'seconds': (90, 2),
   }
+  assert missing == {
+    *('iou_shuffled', 'iou_untrained'),
+    *('clip_random', 'clip_untrained', 'clip_neurons'),
+    *(f'detection_{name}' for name in ('random', 'untrained', 'neurons')),
+    *(
+      name
+      for task in ('iou_paper', 'fuzzing', 'intruder', 'detection_text',
+                   'fuzzing_text', 'intruder_text')
+      for name in (task, *summary.BASELINES[task])
+    ),
+  }  # fmt: skip
+  assert all(figures[name]['reason'] for name in missing)
   assert figures['iou']['scorer'] == 'iou_exact'
   assert figures['explained_right']['explainer'] == 'large'
   little = figures['explained_right']['explainers']['little']
@@ -186,6 +249,38 @@ def test_each_figure_is_what_the_files_say(workdir):
   for name in ('explained_right', 'iou', 'clip', 'steer_colour'):
     low, high = figures[name]['ci']
     assert low <= figures[name]['value'] <= high
+
+
+def test_two_explainers_differ_by_pairs_of_latents(workdir):
+  figures = summary.compute(workdir, (2,))
+  clip = figures['clip']['difference']
+  assert (clip['value'], clip['n']) == (2.5, 2)  # 25 - 26 and 27 - 21
+  assert clip['of'] == ['large', 'little']
+  low, high = clip['ci']
+  assert (low, high) == (-1, 6)
+  assert figures['clip']['explainers']['little']['value'] == 23.5
+  iou = figures['iou']['difference']
+  assert (iou['value'], iou['n']) == (pytest.approx(-0.5), 1)
+  append(workdir, 'explanations.jsonl', [explain(3, 'sad', 'little')])
+  right = summary.compute(workdir, (2,))['explained_difference']
+  assert (right['value'], right['n']) == (pytest.approx(1 / 3), 3)
+
+
+def test_a_judge_that_guesses_stands_with_a_warning(workdir):
+  figures = summary.compute(workdir, (2,))
+  one = figures['detection']
+  assert one['judge'] == 'large'
+  assert (one['chance'], one['failed'], one['unread']) == (0.5, 3, 2)
+  assert one['calibration']['value'] == 0.55
+  assert 'does not beat chance' in one['warning']
+  assert figures['consistency']['judges'] == ['large', 'little']
+  assert figures['consistency']['agreement']['detection']['value'] == 0.9
+  assert 'warning' not in figures['iou']
+  table = summary.table(figures)
+  assert 'detection: this judge does not beat chance' in table
+  records.write_json(workdir.file('judges.json'), {'format_version': 7})
+  with pytest.raises(ValueError, match='format_version 7'):
+    summary.compute(workdir, (2,))
 
 
 def test_several_layers_stand_beside_the_first(workdir):

@@ -32,6 +32,7 @@ from lmm_sae.core.store import ActivationStore, StoreMeta
 from lmm_sae.core.tokens import Kind
 from lmm_sae.core.workdir import Workdir
 from lmm_sae.scenes import render
+from tests.stages import fake_baselines
 
 LAYER, K, GRID, TILES = 2, 8, 8, 16
 CONCEPTS = ('background', *render.CONCEPTS)
@@ -68,6 +69,7 @@ def make(root: pathlib.Path, latents: int = 64, samples: int = 24):
     _capture(workdir, split, seed, latents, samples)
   index = LatentIndex.open(workdir.index(LAYER, 'b'))
   _explain(workdir, index, rng)
+  fake_baselines.add(workdir, LAYER)
   _steer(workdir, rng, samples)
   _attribute(workdir, rng, samples, latents)
   table = {

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -98,6 +99,60 @@ def test_the_stages_run_in_order_with_their_servers(stubs, config, workdir):
   assert by_stage['capture'] == by_stage['report'] == []
 
 
+def test_explainers_judge_and_live_until_scores_are_there(
+  stubs, config, workdir, monkeypatch
+):
+  config.score.judge_model, config.score.second_model = 'base', 'small'
+  stopped = []
+  stop = servers.Server.stop
+
+  def note(server):
+    stopped.append((server.name, [stage for stage, *_ in calls(workdir)][-1]))
+    stop(server)
+
+  monkeypatch.setattr(servers.Server, 'stop', note)
+  all_stage.run(config, workdir)
+  by_stage = {stage: words for stage, *words in calls(workdir)}
+  assert by_stage['score'][1:] == [
+    '--config.score.judge_url=http://base/v1',
+    '--config.score.judge_model=base',
+    '--config.score.second_url=http://small/v1',
+    '--config.score.second_model=small',
+  ]
+  assert stopped[:2] == [
+    ('explainer-base', 'score'),
+    ('explainer-small', 'score'),
+  ]
+
+
+def test_without_judges_explainers_end_before_scores(
+  stubs, config, workdir, monkeypatch
+):
+  stopped = []
+  stop = servers.Server.stop
+
+  def note(server):
+    stopped.append((server.name, [stage for stage, *_ in calls(workdir)][-1]))
+    stop(server)
+
+  monkeypatch.setattr(servers.Server, 'stop', note)
+  all_stage.run(config, workdir)
+  assert stopped[0] == ('explainer-base', 'explain')
+  by_stage = {stage: words for stage, *words in calls(workdir)}
+  assert len(by_stage['score']) == 1
+
+
+def test_a_judge_that_nobody_starts_is_refused(stubs, config, workdir):
+  config.score.judge_model = 'large'
+  with pytest.raises(ValueError, match="'large' is none of the explainers"):
+    all_stage.run(config, workdir)
+  assert not workdir.file('calls.jsonl').exists()
+  config.score.judge_url = 'http://there:3/v1'  # the user's own judges
+  all_stage.run(config, workdir)
+  by_stage = {stage: words for stage, *words in calls(workdir)}
+  assert len(by_stage['score']) == 1  # the subject's server alone
+
+
 def test_the_seconds_of_each_stage_are_added_up(stubs, config, workdir):
   all_stage.run(config, workdir)
   first = json.loads(workdir.file('seconds.json').read_text())
@@ -160,11 +215,20 @@ def test_the_keys_go_to_the_children_and_not_to_disk(
   monkeypatch.delenv('OPENAI_API_KEY', raising=False)
   config.explain.api_key = 'sesame'
   config.server.token = 'open'
+  config.explain.refine_key, config.score.judge_key = 'short', 'stern'
+  logged = []
+  monkeypatch.setattr(
+    all_stage.logging, 'info', lambda text, *words: logged.append(text % words)
+  )
   all_stage.run(config, workdir)
   assert os.environ.pop('OPENAI_API_KEY') == 'sesame'
   by_stage = {stage: words for stage, *words in calls(workdir)}
   for stage in ('serve', 'evaluate', 'score', 'steer', 'attribute'):
     assert '--config.server.token=open' in by_stage[stage]
+  assert '--config.explain.refine_key=short' in by_stage['explain']
+  assert '--config.score.judge_key=stern' in by_stage['score']
+  assert not any('judge_key' in word for word in by_stage['explain'])
+  assert not re.search('sesame|open|short|stern', ''.join(logged))
 
 
 def test_a_command_names_the_config_of_the_workdir(workdir):
@@ -183,7 +247,9 @@ def test_a_signal_ends_stage_and_servers(tmp_path, workdir, root, number, code):
   driver.write_text(
     textwrap.dedent(
       f"""
+      import signal
       import sys
+      signal.signal(signal.SIGINT, signal.default_int_handler)  # under nohup
       sys.path.insert(0, {str(root)!r})
       from lmm_sae.core import config as configs
       from lmm_sae.core.workdir import Workdir
@@ -206,11 +272,14 @@ def test_a_signal_ends_stage_and_servers(tmp_path, workdir, root, number, code):
     [sys.executable, str(driver)], env=os.environ | {'HANG': 'index'}
   )
   until = time.monotonic() + 60
-  while not alive(workdir, 'index') or not alive(workdir, 'serve'):
-    assert time.monotonic() < until
-    time.sleep(0.05)
-  process.send_signal(number)
-  assert process.wait(60) == code
+  try:
+    while not alive(workdir, 'index') or not alive(workdir, 'serve'):
+      assert time.monotonic() < until
+      time.sleep(0.05)
+    process.send_signal(number)
+    assert process.wait(60) == code
+  finally:
+    process.kill()
   assert not alive(workdir, 'index')
   assert not alive(workdir, 'serve')
 

@@ -140,6 +140,8 @@ def test_without_truth_answers_are_priced_and_studies_say_why_not(
 ):
   workdir = subject.make(tmp_path, known=False)
   with records.Appender(workdir.file('explanations.jsonl')) as out:
+    beside = ('explained', 'x', 'happy', 'object', 'base', 'neurons')
+    out.add(records.Explanation(2, 3, (), *beside))  # none of the SAE's
     out.add(
       records.Explanation(2, 3, (), 'explained', 'x', 'sad', 'object', 'base')
     )

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lmm_sae.core import chat, records
+from lmm_sae.core import records, turns
 from lmm_sae.core.explaining import CATEGORIES, ExplainConfig, Explainer
 from lmm_sae.core.index import ImageExemplar, TextExemplar
 from lmm_sae.core.workdir import Workdir
@@ -94,7 +94,7 @@ def run(config, urls: str, workdir: Workdir, **more) -> list[dict]:
 def test_nothing_is_lost_or_invented_and_each_failure_is_counted(
   config, tmp_path, monkeypatch, seed
 ):
-  monkeypatch.setattr(chat, 'GONE_S', 0.1)  # all of them stall now and then
+  monkeypatch.setattr(turns, 'GONE_S', 0.1)  # all of them stall now and then
   calm = Chaos(answer, seed, calm=True)
   with calm.serve(1) as urls:
     wanted = run(config, urls, Workdir.of(tmp_path / 'calm'))

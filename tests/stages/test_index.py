@@ -14,7 +14,7 @@ import pytest
 from lmm_sae.core import concepts, masks
 from lmm_sae.core.index import LatentIndex
 from lmm_sae.core.store import ActivationStore
-from lmm_sae.sae import exports
+from lmm_sae.sae import dictionaries, exports, index_plan
 from lmm_sae.sae.baseview import BaseView
 from lmm_sae.stages import index as stage
 from tests import toy
@@ -137,21 +137,22 @@ def test_copies_of_an_image_are_one_exemplar(config, tmp_path):
 KILLED = """
   import os, signal
   from experiments import base
-  from lmm_sae.core import index_build, index_merge
+  from lmm_sae.core import index_build, index_tables
   from lmm_sae.core.workdir import Workdir
+  from lmm_sae.sae import index_plan
   from lmm_sae.stages import index as stage
 
   def kill(*_):
     os.kill(os.getpid(), signal.SIGKILL)
 
-  stage.PART_SAMPLES = 3
+  index_plan.PART_SAMPLES = 3
   save = index_build.Part.save
   def save_and_count(self, path):
     save(self, path)
     if path.name == {part!r}:
       kill()
   if {part!r} == 'merge':
-    index_merge._write_texts = kill
+    index_tables.Writer.texts = kill
   else:
     index_build.Part.save = save_and_count
   config = base.get_config()
@@ -162,7 +163,7 @@ KILLED = """
 """
 
 
-@pytest.mark.parametrize('part', ['00000003.npz', 'merge'])
+@pytest.mark.parametrize('part', ['00000003', 'merge'])
 def test_killed_and_resumed_is_as_uninterrupted(
   config, tmp_path, root, monkeypatch, part
 ):
@@ -175,7 +176,7 @@ def test_killed_and_resumed_is_as_uninterrupted(
     check=False,
   )
   assert done.returncode == -signal.SIGKILL
-  monkeypatch.setattr(stage, 'PART_SAMPLES', 3)
+  monkeypatch.setattr(index_plan, 'PART_SAMPLES', 3)
   stage.run(config, workdir)
   other = toy.make_workdir(tmp_path / 'whole')
   stage.run(config, other)
@@ -186,14 +187,16 @@ def test_an_empty_split_is_refused(config, tmp_path):
   workdir = toy.make_workdir(tmp_path)
   store = ActivationStore.open(workdir.acts('a'))
   store.samples = list
+  job = index_plan.Job(
+    workdir.index(toy.LAYER, 'a'),
+    workdir.acts('a'),
+    workdir,
+    toy.LAYER,
+    '',
+    index_plan.IndexConfig(**config.index),
+  )
   with pytest.raises(ValueError, match='nothing to index'):
-    stage.build(
-      workdir.index(toy.LAYER, 'a'),
-      store,
-      toy.LAYER,
-      stage.IndexConfig(**config.index),
-      stage.exports.load(workdir.export(toy.LAYER)),
-    )
+    stage.build(job, store, exports.load(workdir.export(toy.LAYER)))
 
 
 def test_images_with_grids_of_their_own_are_refused(config, tmp_path):
@@ -210,3 +213,31 @@ def test_images_with_grids_of_their_own_are_refused(config, tmp_path):
       ValueError, match='grid of patches depends on the image'
     ):
       use()
+
+
+def test_dictionaries_beside_the_sae_are_indexed_as_it_is(config, tmp_path):
+  workdir = toy.make_workdir(tmp_path)
+  toy.make_store(workdir.acts('train'), 'train', range(24, 36))
+  config.index.dictionaries = ('untrained', 'neurons')
+  stage.run(config, workdir)
+  stores = {s: ActivationStore.open(workdir.acts(s)) for s in ('a', 'b')}
+  for name in ('', 'untrained', 'neurons'):
+    sae = dictionaries.load(workdir, toy.LAYER, name, config.seed)
+    for split, store in stores.items():
+      index = LatentIndex.open(workdir.index(toy.LAYER, split, name))
+      assert index.num_latents == sae.config.latents
+      fired_M = np.zeros(index.num_latents, int)
+      for sample in store.samples():
+        start, stop = store.span(sample)
+        kind_N = store.tokens(start, stop, ('kind',))['kind']
+        code = sae.encode(store.read(toy.LAYER, start, stop)[kind_N != 0])
+        some = code.idx_NK[code.vals_NK > index.meta.threshold]
+        fired_M += np.bincount(some, minlength=len(fired_M))
+      np.testing.assert_array_equal(index.stats['rows_fired'], fired_M)
+  rows = concepts.load(workdir, toy.LAYER, 'neurons')
+  assert len(rows) == 2 * toy.D
+  assert rows[0].concept == 'red'  # the toy's channels are its latents
+  assert len(concepts.load(workdir, toy.LAYER, 'untrained')) == toy.M
+  before = tree(tmp_path / 'index')
+  stage.run(config, workdir)
+  assert tree(tmp_path / 'index') == before

@@ -7,7 +7,14 @@ import shutil
 import numpy as np
 import pytest
 
-from lmm_sae.core import concepts, masks, pictures, records, summary
+from lmm_sae.core import (
+  concepts,
+  masks,
+  pictures,
+  records,
+  report_figures,
+  summary,
+)
 from lmm_sae.core.findings import Findings
 from lmm_sae.core.index import LatentIndex
 from lmm_sae.core.records import Steering
@@ -66,6 +73,7 @@ def test_the_summary_is_written_and_printed(copy, capsys):
   config, workdir = copy
   report.run(config, workdir)
   written = json.loads(workdir.file('summary.json').read_text())
+  assert set(written.pop('tables')) == {'2'}
   assert written == json.loads(json.dumps(summary.compute(workdir, (2,))))
   told = capsys.readouterr().out
   assert summary.table(written) in told
@@ -86,6 +94,49 @@ def test_headline_figures_stand_beside_their_baselines(made):
     'Answers kept with the SAE in the loop',
   ):
     assert words in text
+
+
+def test_scores_stand_beside_every_baseline(made):
+  text = page(made[1])
+  figures = json.loads(made[1].file('summary.json').read_text())
+  table = text[text.index('Do the explanations hold') :]
+  rows = re.findall(r'<tr><th scope="row">(.*?)</tr>', table, re.DOTALL)
+  row = next(one for one in rows if '<b>IoU</b>' in one)
+  cells = re.findall(r'<td class="num">([\d.-]+)<br>', row)
+  iou = figures['iou']
+  wanted = [
+    iou['value'],
+    iou['explainers']['small']['value'],
+    iou['difference']['value'],
+    *(
+      figures[f'iou_{name}']['value']
+      for name in ('random', 'shuffled', 'untrained', 'neurons')
+    ),
+  ]
+  assert cells == [report_figures.number(value) for value in wanted]
+  row = next(one for one in rows if '<b>Intruder</b>' in one)
+  assert 'guessing: 0.20; judge base where answers are known: 0.25' in row
+  assert 'Take care: this judge does not beat chance' in row
+  assert table.count('Take care') == 1
+  row = next(one for one in rows if '<b>Detection in text</b>' in one)
+  assert 'fires on text alone' in row
+  for words in ('Untrained SAE', 'Raw neurons', 'By category', 'By kind of'):
+    assert words in table
+
+
+def test_layers_stand_beside_one_another(copy):
+  config, workdir = copy
+  assert 'Layer by layer' not in page(workdir)
+  config.lmm.layers = (2, 3)
+  shutil.copytree(workdir.file('index') / '2', workdir.file('index') / '3')
+  report.run(config, workdir)
+  text = page(workdir)
+  rows = text[text.index('>Layer by layer<') :].split('</table>')[0]
+  assert re.findall(r'<b>(Layer \d)</b>', rows) == ['Layer 2', 'Layer 3']
+  figures = json.loads(workdir.file('summary.json').read_text())
+  assert set(figures['tables']) == {'2', '3'}
+  right = figures['explained_right']['value']
+  assert f'>{report_figures.number(right)}<' in rows
 
 
 def test_the_page_asks_for_nothing_outside(made):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from lmm_sae.core import records
+from lmm_sae.core import grounded, records
 from lmm_sae.core.index import LatentIndex
 from lmm_sae.core.records import Explanation, Score
 from lmm_sae.stages import index
@@ -147,7 +147,7 @@ def test_equal_pairs_are_asked_once(config, workdir, judge):
 def test_broken_off_and_resumed_is_as_uninterrupted(
   config, workdir, line, monkeypatch
 ):
-  monkeypatch.setattr(stage, 'BLOCK', 2)
+  monkeypatch.setattr(grounded, 'BLOCK', 2)
   stage.run(config, workdir)
   path = workdir.file('scores.jsonl')
   whole = path.read_bytes()
@@ -184,9 +184,9 @@ def test_the_other_label_is_never_a_latents_own(config, workdir):
   index_ = LatentIndex.open(workdir.index(toy.LAYER, 'b'))
   index_.exemplars = lambda m: [type('E', (), {'sample': 1, 'strength': 1.0})()]
   bench = stage.Bench.__new__(stage.Bench)
-  bench.opts, bench.seed = stage.ScoreConfig(**config.score), 0
+  bench.opts, bench.seed = grounded.Settings(3, 4, 0.3), 0
   bench.index, bench.pictured = index_, list(range(12))
-  cases = stage.plan(
+  cases = grounded.plan(
     bench,
     [
       Explanation(toy.LAYER, m, (), 'explained', f'{m}', f'{m}', '', 'eye')

@@ -118,7 +118,11 @@ def test_without_truth_the_best_explained_latents_make_records(
       out.add(
         records.Explanation(2, latent, (), outcome, 'x', 'x', 'object', 'base')
       )
+    beside = ('explained', 'x', 'x', 'object', 'base', 'neurons')
+    out.add(records.Explanation(2, 4, (), *beside))  # none of the SAE's
   with records.Appender(workdir.file('scores.jsonl')) as out:
+    out.add(records.Score(2, 1, 'clip', '', 99.0, 5, '', 'neurons'))
+    out.add(records.Score(2, 4, 'clip', '', 99.0, 5, '', 'neurons'))
     for latent, value in ((6, 9.0), (8, 5.0), (7, 4.0), (3, 3.0)):
       out.add(records.Score(2, latent, 'clip', '', value, 5))
   steer_config.steer.prompts = (subject.FEEL,)

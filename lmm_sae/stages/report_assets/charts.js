@@ -3,6 +3,12 @@
 const at = (value, [low, high]) =>
   `${(100 * Math.min(Math.max((value - low) / (high - low), 0), 1)).toFixed(2)}%`;
 
+const SHAPES = {
+  diamond: 'M-5 0 0-5 5 0 0 5z',
+  square: 'M-4-4h8v8h-8z',
+  triangle: 'M0-5 5 4H-5z',
+};
+
 const end = (value) =>
   Number.isInteger(value) ? fmt.int(value) : fmt.num(value, 1);
 
@@ -10,7 +16,7 @@ const end = (value) =>
  * A line from one end of the domain to the other, with dots on it.
  *
  * @param plot {domain, points: [{value, ci, mark}]}; mark `dot` is the run,
- *   `circle` and `diamond` are baselines. The numbers stand beside it as text.
+ *   `circle` and those of SHAPES are baselines. The numbers stand beside it as text.
  */
 function intervalPlot(plot) {
   const y = 9;
@@ -27,9 +33,9 @@ function intervalPlot(plot) {
   }
   for (const { value, mark } of order) {
     const x = at(value, plot.domain);
-    if (mark === 'diamond') {
+    if (SHAPES[mark]) {
       const holder = s('svg', { x, y, overflow: 'visible' });
-      holder.append(s('path', { class: 'dot-base', d: 'M-5 0 0-5 5 0 0 5z' }));
+      holder.append(s('path', { class: 'dot-base', d: SHAPES[mark] }));
       node.append(holder);
     } else {
       node.append(s('circle', { cx: x, cy: y, r: mark === 'dot' ? 6 : 4.5,
