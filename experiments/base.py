@@ -191,7 +191,7 @@ def get_config() -> ConfigDict:
         'bootstrap': 1000,  # resamples of a confidence interval
       },
       'label': {
-        'rater': '',  # who answers in the browser
+        'rater': '',  # who rates in the browser: ann,bob; '': measure agreement
         'host': '127.0.0.1',  # where the page is served
         'port': 0,  # 0: a free one, printed
         'latents': 32,  # shown to every rater, the same ones

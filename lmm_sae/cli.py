@@ -87,6 +87,11 @@ STAGES = {
     'find the latents that caused an answer', ('attribute', 'server')
   ),
   'report': Stage('put all of it on one page', ('report',)),
+  'label': Stage(
+    'let people rate the labels, and measure how far they agree',
+    ('label', 'server'),
+    False,
+  ),
   'serve': Stage(
     'serve the subject and its judges over HTTP', ('lmm', 'server'), False
   ),

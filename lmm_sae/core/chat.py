@@ -12,6 +12,7 @@ import collections
 import dataclasses
 import hashlib
 import json
+import logging as std_logging
 import os
 import pathlib
 import socket
@@ -28,6 +29,8 @@ from lmm_sae.core import completions, prompts, records, wire
 from lmm_sae.core.completions import Answer, ChatError
 from lmm_sae.core.turns import Turns
 from lmm_sae.core.usage import Usage
+
+std_logging.getLogger('httpx').setLevel(std_logging.WARNING)  # else: all
 
 __all__ = ['FIELDS', 'Answer', 'ChatClient', 'ChatError']
 

@@ -77,7 +77,7 @@ def raters(text: str) -> tuple[str, ...]:
 def cases(
   explained: Sequence[Explanation], count: int, seed: int
 ) -> list[Case]:
-  """At most `count` cases of the SAE's explained latents, half of them controls.
+  """At most `count` cases of the SAE's explained latents, half of it controls.
 
   They depend on the first explainer's lines and the seed alone.
 
