@@ -9,7 +9,7 @@ out exemplars that they outdo, which the merge would throw away.
 
 Memory: a part adds up its statistics, LATENT_BYTES a latent. Its postings,
 histograms and exemplars go to disk as a run once they hold more than they may;
-runs are of whole samples, in order, and where they end leaves no trace either.
+runs are of whole samples, in order; where they end leaves no trace either.
 """
 
 import dataclasses
@@ -170,8 +170,8 @@ class Part:
       **{f'counted.{view}': each for view, each in self._counted.items()},
       **{f'floor.{name}': each for name, each in self._floors.items()},
     }
-    for name, array in flat.items():
-      _write(unfinished, name, array)
+    for name in flat:
+      _write(unfinished, name, flat[name])
     try:
       unfinished.rename(path)
     except OSError:
@@ -194,8 +194,7 @@ class Part:
     unfinished = _unfinished(path)
     if not self._runs:
       shutil.rmtree(unfinished, ignore_errors=True)
-    run = unfinished / f'run{self._runs:05d}'
-    run.mkdir(parents=True)
+    (run := unfinished / f'run{self._runs:05d}').mkdir(parents=True)
     self._runs += 1
     histograms = self._histograms.settle()
     # Of 131,072 latents, keys and counts are a sixth of a run as int64.
@@ -248,8 +247,9 @@ class Part:
     self._sum_M += np.bincount(
       meant.latent, weights=meant.value, minlength=latents
     )
-    pairs = np.unique(tokens['sample'][meant.row] * latents + meant.latent)
-    self._samples_M += np.bincount(pairs % latents, minlength=latents)
+    pairs = np.sort(tokens['sample'][meant.row] * latents + meant.latent)
+    new = np.diff(pairs, prepend=-1) != 0
+    self._samples_M += np.bincount(pairs[new] % latents, minlength=latents)
     for name, kinds in (
       ('peak', TEXT + IMAGE),
       ('peak_base', (Kind.BASE,)),

@@ -152,6 +152,10 @@ class Strongest:
     rows = np.flatnonzero(
       columns['strength'] > self._floor_M[columns['latent']]
     )
+    if len(rows):
+      counts = np.bincount(columns['latent'][rows])
+      if counts.max() <= self.keep:  # all may be kept: no need to sort
+        return rows
     above = {name: column[rows] for name, column in columns.items()}
     return rows[strongest(above, self.keep)]
 
