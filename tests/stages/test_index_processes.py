@@ -7,6 +7,7 @@ import time
 import numpy as np
 import pytest
 
+from experiments import base
 from lmm_sae.core.index import LatentIndex
 from lmm_sae.sae import exports, index_parts, index_plan
 from lmm_sae.sae import mesh as mesh_lib
@@ -15,9 +16,7 @@ from tests import toy
 from tests.stages.test_index import tree
 
 
-@pytest.fixture
-def config(config, monkeypatch):
-  monkeypatch.setattr(index_plan, 'PART_SAMPLES', 2)  # 6 parts a split
+def set_up(config):
   config.lmm.layers = (toy.LAYER,)
   config.index.exemplars = 3
   config.index.spread = 2
@@ -27,15 +26,23 @@ def config(config, monkeypatch):
 
 
 @pytest.fixture
+def config(config, monkeypatch):
+  monkeypatch.setattr(index_plan, 'PART_SAMPLES', 2)  # 6 parts a split
+  return set_up(config)
+
+
+@pytest.fixture
 def workdir(tmp_path):
   return toy.make_workdir(tmp_path / 'run')
 
 
-@pytest.fixture
-def whole(config, workdir) -> dict[str, bytes]:
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory) -> dict[str, bytes]:
   """The files of an index that one process made at one go."""
-  other = toy.make_workdir(workdir.root.parent / 'whole')
-  stage.run(config, other)
+  other = toy.make_workdir(tmp_path_factory.mktemp('whole'))
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(index_plan, 'PART_SAMPLES', 2)
+    stage.run(set_up(base.get_config()), other)
   found = tree(other.root / 'index')
   assert len(found) > 80
   return found
