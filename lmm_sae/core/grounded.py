@@ -13,7 +13,7 @@ from typing import Protocol
 
 import numpy as np
 
-from lmm_sae.core import concepts, masks, progress, records, truth
+from lmm_sae.core import concepts, explaining, masks, progress, records, truth
 from lmm_sae.core.index import LatentIndex
 from lmm_sae.core.records import Explanation, Score
 from lmm_sae.core.remote import SubjectClient
@@ -157,11 +157,12 @@ def grounded(
 def plan(
   bench: Bench, explained: Sequence[Explanation]
 ) -> dict[int, list[Shown]]:
-  """The cases of each latent that has a label and images, by latent."""
+  """The cases of each latent that was explained from images, by latent."""
   labels = {
     e.latent: e.label
     for e in explained
-    if e.outcome == 'explained' and bench.index.exemplars(e.latent)
+    if e.outcome == 'explained'
+    and not explaining.from_text(bench.index, e.latent)
   }
   latents = sorted(labels)
   other = others(latents, bench.seed, bench.index.meta.layer)

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from lmm_sae.core import grounded, records
-from lmm_sae.core.index import LatentIndex
 from lmm_sae.core.records import Explanation, Score
 from lmm_sae.stages import index
 from lmm_sae.stages import score as stage
@@ -179,23 +178,31 @@ def test_one_explanation_has_no_shuffled_baseline(config, tmp_path, judge):
   assert {s.baseline for s in scores(workdir).values()} == {'', 'random'}
 
 
-def test_the_other_label_is_never_a_latents_own(config, workdir):
-  count = 40
-  index_ = LatentIndex.open(workdir.index(toy.LAYER, 'b'))
-  index_.exemplars = lambda m: [type('E', (), {'sample': 1, 'strength': 1.0})()]
-  bench = stage.Bench.__new__(stage.Bench)
-  bench.opts, bench.seed = grounded.Settings(3, 4, 0.3), 0
-  bench.index, bench.pictured = index_, list(range(12))
-  cases = grounded.plan(
-    bench,
-    [
-      Explanation(toy.LAYER, m, (), 'explained', f'{m}', f'{m}', '', 'eye')
-      for m in range(count)
-    ],
+def test_the_other_label_is_never_a_latents_own():
+  others = grounded.others(range(40), 0, toy.LAYER)
+  assert sorted(others.values()) == list(range(40))
+  assert all(other != m for m, other in others.items())
+
+
+def test_what_was_explained_from_text_is_not_sought_in_images(
+  config, workdir, monkeypatch
+):
+  latents = {latent for _, latent, scorer, _ in scored(config, workdir)}
+  (first, *rest) = sorted(latents)
+  workdir.file('scores.jsonl').unlink()
+  from_text = grounded.explaining.from_text
+  monkeypatch.setattr(
+    grounded.explaining,
+    'from_text',
+    lambda index, m: m == first or from_text(index, m),
   )
-  others = [cases[m][2].label for m in range(count)]
-  assert sorted(others, key=int) == [str(m) for m in range(count)]
-  assert all(others[m] != str(m) for m in range(count))
+  assert {key[1] for key in scored(config, workdir)} == set(rest)
+
+
+def scored(config, workdir) -> list[tuple]:
+  """Keys of the scores that are taken of images."""
+  stage.run(config, workdir)
+  return [key for key in scores(workdir) if key[2] in ('iou', 'clip')]
 
 
 def test_missing_input_says_what_to_do(config, workdir):
