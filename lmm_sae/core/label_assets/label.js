@@ -35,7 +35,7 @@ async function ask(path, body, then) {
 }
 
 function marked(item, text) {
-  for (const [i, part] of text.split(/<<|>>/).entries()) {
+  for (const [i, part] of text.split(/<<|>>(?!>)/).entries()) {
     const node = document.createElement(i % 2 ? 'mark' : 'span');
     node.textContent = part;
     item.append(node);
