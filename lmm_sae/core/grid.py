@@ -31,7 +31,7 @@ CODECS = [
   {'name': 'bytes', 'configuration': {'endian': 'little'}},
   {'name': 'crc32c'},
 ]
-NARROW = 2**20  # bytes of a shard that the codec makes at once
+NARROW = 2**20  # bytes of a shard's rows that the codec takes at once
 NOWHERE = 2**64 - 1  # in a shard's index: the chunk is not there
 
 
@@ -146,50 +146,46 @@ class Encoder:
   """
 
   def __init__(self, dtype: str, columns: int, layout: Layout):
-    self._layout = layout
+    self._about = dtype, columns, layout
     self._tail = [columns] if columns else []
-    self._rows = layout.chunk_rows
-    self._chunk = self._array([self._rows, *self._tail], dtype)
-    chunks = layout.shard_rows // layout.chunk_rows
-    self._index = self._array([chunks, 2], 'uint64')
-    self._whole = None
-    if self.size(layout.shard_rows) <= NARROW:
-      one = dataclasses.replace(layout, groups=1, group_rows=layout.shard_rows)
-      self._whole = self._memory(metadata(dtype, columns, one))
+    self._dtype = ts.dtype(dtype).numpy_dtype
 
   def pieces(self, rows: np.ndarray) -> Iterator[bytes]:
     """The file of a shard that begins with these rows and has no others."""
-    rows = rows.astype(self._chunk.dtype.numpy_dtype, copy=False)
-    if self._whole is not None:
-      with ts.Transaction() as together:  # or the chunks might change places
-        self._whole.with_transaction(together)[: len(rows)] = rows
-      yield self._file(self._whole)
-      return
-    index = np.full(self._index.shape, NOWHERE, np.uint64)
+    _, _, layout = self._about
+    rows = rows.astype(self._dtype, copy=False)
+    row = math.prod(self._tail) * self._dtype.itemsize
+    if layout.shard_rows * row < NARROW:
+      yield self._whole(rows)
+    else:
+      yield from self._chunks(rows)
+
+  def _whole(self, rows: np.ndarray) -> bytes:
+    dtype, columns, layout = self._about
+    one = dataclasses.replace(layout, groups=1, group_rows=layout.shard_rows)
+    array = self._memory(metadata(dtype, columns, one))
+    with ts.Transaction() as together:  # or the chunks might change places
+      array.with_transaction(together)[: len(rows)] = rows
+    return self._file(array)
+
+  def _chunks(self, rows: np.ndarray) -> Iterator[bytes]:
+    dtype, _, layout = self._about
+    each = layout.chunk_rows
+    array = self._array([each, *self._tail], dtype)
+    places = self._array([layout.shard_rows // each, 2], 'uint64')
+    index = np.full(places.shape, NOWHERE, np.uint64)
     offset = 0
-    for chunk, at in enumerate(range(0, len(rows), self._rows)):
-      part = rows[at : at + self._rows]
-      if len(part) < self._rows:
+    for chunk, at in enumerate(range(0, len(rows), each)):
+      part = rows[at : at + each]
+      if len(part) < each:
         part = np.pad(
-          part, [(0, self._rows - len(part))] + [(0, 0)] * bool(self._tail)
+          part, [(0, each - len(part))] + [(0, 0)] * bool(self._tail)
         )
-      data = self._encoded(self._chunk, part)
+      data = self._encoded(array, part)
       index[chunk] = offset, len(data)
       offset += len(data)
       yield data
-    yield self._encoded(self._index, index)
-
-  def size(self, count: int) -> int:
-    """Bytes of the file of a shard with so many rows."""
-    chunk = (
-      self._rows
-      * math.prod(self._tail)
-      * self._chunk.dtype.numpy_dtype.itemsize
-      + 4
-    )
-    return (
-      -(-count // self._rows) * chunk + math.prod(self._index.shape) * 8 + 4
-    )
+    yield self._encoded(places, index)
 
   def _array(self, shape: list[int], dtype: str) -> ts.TensorStore:
     """One chunk in memory, which is encoded as a shard's are."""
