@@ -237,14 +237,30 @@ class Explainer:
 
   def _masked(self, latent: int, exemplar: ImageExemplar) -> Image.Image:
     """As the explainer sees an exemplar: what the mask leaves bright."""
-    active_HW = masks.bright(
-      exemplar.heat_HW,
-      self.opts.mask,
-      peak=float(self._index.stats['peak_base'][latent]),
-      share=self.opts.threshold,
-      level=self._index.meta.threshold,
-    )
-    return masks.masked(self._small(exemplar.sample), active_HW, self.opts.mask)
+    style, threshold = self.opts.mask, self.opts.threshold
+    active_HW = bright(self._index, latent, exemplar.heat_HW, style, threshold)
+    return masks.masked(self._small(exemplar.sample), active_HW, style)
+
+
+def bright(
+  index: LatentIndex,
+  latent: int,
+  heat_HW: np.ndarray,
+  style: str,
+  threshold: float,
+) -> np.ndarray:
+  """Patches of a heat map that explainers, judges and people see bright.
+
+  Args:
+    style, threshold: of the mask, as explain.mask and explain.threshold.
+  """
+  return masks.bright(
+    heat_HW,
+    style,
+    peak=float(index.stats['peak_base'][latent]),
+    share=threshold,
+    level=index.meta.threshold,
+  )
 
 
 def from_text(index: LatentIndex, latent: int) -> bool:

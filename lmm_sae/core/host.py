@@ -3,6 +3,7 @@
 import ctypes
 import functools
 import importlib.metadata
+import ipaddress
 import json
 import os
 import pathlib
@@ -94,6 +95,24 @@ def cores() -> int:
   if hasattr(os, 'sched_getaffinity'):
     return len(os.sched_getaffinity(0))
   return os.cpu_count() or 1
+
+
+def check_address(field: str, address: str, token: str) -> None:
+  """Refuses to serve other machines without a token.
+
+  Raises:
+    ValueError: the address that `field` names is no loopback, and no token is
+      set.
+  """
+  try:
+    loopback = ipaddress.ip_address(address).is_loopback
+  except ValueError:
+    loopback = address == 'localhost'
+  if not token and not loopback:
+    raise ValueError(
+      f'{field} {address!r} can be reached from other machines: set '
+      'server.token too, or serve on 127.0.0.1'
+    )
 
 
 def first() -> bool:

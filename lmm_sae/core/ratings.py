@@ -118,22 +118,15 @@ class Sheet:
   def __init__(self, workdir: Workdir, rater: str, cases: Sequence[Case]):
     self.rater, self.cases = rater, list(cases)
     self._path = path(workdir, rater)
-    known = {self._key(case) for case in self.cases}
-    self._last: dict[tuple, Rating] = {}
-    for one in records.read(Rating, self._path):
-      if self._key(one) not in known:
-        raise ValueError(
-          f'{self._path} rates other cases: label.latents, the seed or '
-          'explanations.jsonl changed since; move it away to begin anew'
-        )
-      self._last[self._key(one)] = one
-
-  @staticmethod
-  def _key(one: Case | Rating) -> tuple:
-    return one.layer, one.latent, one.explainer, one.label, one.control
+    self._last = _last(self._path)
+    if not self._last.keys() <= {_key(case) for case in self.cases}:
+      raise ValueError(
+        f'{self._path} rates other cases: label.latents, the seed or '
+        'explanations.jsonl changed since; move it away to begin anew'
+      )
 
   def last(self, case: Case) -> Rating | None:
-    return self._last.get(self._key(case))
+    return self._last.get(_key(case))
 
   def next(self) -> int:
     """Which case comes next; as many as there are, where all are answered."""
@@ -150,21 +143,27 @@ class Sheet:
     )
     with records.Appender(self._path) as file:
       file.add(rating)
-    self._last[self._key(case)] = rating
+    self._last[_key(case)] = rating
 
 
 def path(workdir: Workdir, rater: str) -> pathlib.Path:
   return workdir.file('ratings') / f'{rater}.jsonl'
 
 
+def _key(one: Case | Rating) -> tuple:
+  return one.layer, one.latent, one.explainer, one.label, one.control
+
+
+def _last(file: pathlib.Path) -> dict[tuple, Rating]:
+  """The line of each case that counts."""
+  return {_key(one): one for one in records.read(Rating, file)}
+
+
 def read(workdir: Workdir) -> dict[str, list[Rating]]:
   """The answers that count, by rater."""
   found = {}
   for file in sorted(workdir.file('ratings').glob('*.jsonl')):
-    last: dict[tuple, Rating] = {}
-    for one in records.read(Rating, file):
-      last[Sheet._key(one)] = one
-    found[file.stem] = [one for one in last.values() if one.answer]
+    found[file.stem] = [one for one in _last(file).values() if one.answer]
   return {rater: lines for rater, lines in found.items() if lines}
 
 
@@ -188,12 +187,12 @@ def measure(workdir: Workdir, seed: int) -> dict[str, Any]:
       '--config.label.rater=NAME'
     )
   names = list(by_rater)
-  keys = sorted({Sheet._key(r) for lines in by_rater.values() for r in lines})
+  keys = sorted({_key(r) for lines in by_rater.values() for r in lines})
   worth_UR = np.full((len(keys), len(names)), np.nan)
   for column, name in enumerate(names):
     for one in by_rater[name]:
       worth = ANSWERS.index(one.answer) / 2
-      worth_UR[keys.index(Sheet._key(one)), column] = worth
+      worth_UR[keys.index(_key(one)), column] = worth
   mean_U = np.nanmean(worth_UR, 1)
   control_U = np.array([key[-1] for key in keys], bool)
   pairs = [(a, b) for a in range(len(names)) for b in range(a + 1, len(names))]

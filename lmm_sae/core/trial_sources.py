@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from lmm_sae.core import masks, truth
+from lmm_sae.core import explaining, truth
 from lmm_sae.core.grounded import Bench
 from lmm_sae.core.index import ImageExemplar
 from lmm_sae.core.trials import Lit
@@ -78,13 +78,8 @@ class OfLatent:
     return (heat_HW[one.lit_HW] > 0).mean() > AMID
 
   def _lit(self, latent: int, one: ImageExemplar) -> Lit:
-    index = self._bench.index
-    lit_HW = masks.bright(
-      one.heat_HW,
-      self._mask,
-      peak=float(index.stats['peak_base'][latent]),
-      share=self._bench.lit,
-      level=index.meta.threshold,
+    lit_HW = explaining.bright(
+      self._bench.index, latent, one.heat_HW, self._mask, self._bench.lit
     )
     return Lit(one.sample, lit_HW, one.heat_HW > 0)
 

@@ -11,7 +11,6 @@ dropped, before or between two tokens. Errors are {'error': message}.
 
 import asyncio
 import dataclasses
-import ipaddress
 import secrets
 import socket
 import threading
@@ -26,7 +25,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from lmm_sae.core import wire
+from lmm_sae.core import host, wire
 from lmm_sae.lmm.forward import Cancelled
 from lmm_sae.lmm.service import METHODS, Service
 
@@ -54,11 +53,7 @@ def bind(opts: ServerConfig) -> socket.socket:
     ValueError: another address than loopback, and no token.
     OSError: the port is taken, or the address is not ours.
   """
-  if not opts.token and not _is_loopback(opts.host):
-    raise ValueError(
-      f'server.host {opts.host!r} can be reached from other machines: set '
-      'server.token too, or serve on 127.0.0.1'
-    )
+  host.check_address('server.host', opts.host, opts.token)
   try:
     family, kind, proto, _, address = socket.getaddrinfo(
       opts.host, opts.port, type=socket.SOCK_STREAM
@@ -76,13 +71,6 @@ def bind(opts: ServerConfig) -> socket.socket:
     sock.close()
     raise OSError(error.errno, f'{opts.host}:{opts.port}') from error
   return sock
-
-
-def _is_loopback(host: str) -> bool:
-  try:
-    return ipaddress.ip_address(host).is_loopback
-  except ValueError:
-    return host == 'localhost'
 
 
 def run(

@@ -11,7 +11,6 @@ LMM judge, and writes WORKDIR/agreement.json. See `core.ratings`.
 
 import dataclasses
 import functools
-import ipaddress
 from typing import Any
 
 from absl import logging
@@ -19,6 +18,7 @@ from ml_collections import ConfigDict
 
 from lmm_sae.core import (
   explaining,
+  host,
   label_page,
   masks,
   pictures,
@@ -74,11 +74,7 @@ def run(config: ConfigDict, workdir: Workdir) -> None:
     print(table(found))
     return
   token = config.server.token
-  if not token and not _is_loopback(opts.host):
-    raise ValueError(
-      f'label.host {opts.host!r} can be reached from other machines: set '
-      'server.token too, or serve on 127.0.0.1'
-    )
+  host.check_address('label.host', opts.host, token)
   file = workdir.require(workdir.file('explanations.jsonl'), 'explain')
   cases = ratings.cases(
     records.read(Explanation, file), opts.latents, config.seed
@@ -94,9 +90,9 @@ def run(config: ConfigDict, workdir: Workdir) -> None:
     sheets, functools.partial(show, workdir, seen, opts.images)
   )
   with label_page.server(desk, opts.host, opts.port, token) as server:
-    host, port = server.server_address[:2]
+    name, port = server.server_address[:2]
     end = '#TOKEN, the token being server.token' if token else ''
-    print(f'serving on http://{host}:{port}/{end}', flush=True)
+    print(f'serving on http://{name}:{port}/{end}', flush=True)
     logging.info('label: %d cases for %s', len(cases), ', '.join(raters))
     server.serve_forever()
 
@@ -118,12 +114,8 @@ def show(
   for one in index.exemplars(case.latent)[:count]:
     image = store.image(one.sample)
     image = masks.shrink(image, max(PIXELS, max(image.size)))
-    active_HW = masks.bright(
-      one.heat_HW,
-      seen.mask,
-      peak=peak,
-      share=seen.threshold,
-      level=index.meta.threshold,
+    active_HW = explaining.bright(
+      index, case.latent, one.heat_HW, seen.mask, seen.threshold
     )
     both = {
       'seen': masks.masked(image, active_HW, seen.mask),
@@ -164,12 +156,3 @@ def _figure(one: dict[str, Any]) -> str:
     return f'- ({one["reason"]})'
   low, high = one['ci']
   return f'{one["value"]:.3f} [{low:.3f}, {high:.3f}] n {one["n"]}'
-
-
-def _is_loopback(host: str) -> bool:
-  if host == 'localhost':
-    return True
-  try:
-    return ipaddress.ip_address(host).is_loopback
-  except ValueError:
-    return False
