@@ -228,9 +228,4 @@ def replace(
   ]
   if lines == [*kept, *mine]:
     return
-  part = path.with_name(path.name + '.part')
-  part.unlink(missing_ok=True)
-  with records.Appender(part) as file:
-    for line in (*kept, *mine):
-      file.add(line)
-  part.replace(path)
+  records.write_lines(path, [*kept, *mine])

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import pathlib
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 R = TypeVar('R')
@@ -362,6 +363,19 @@ class Appender:
 
   def __exit__(self, *_) -> None:
     self.close()
+
+
+def write_lines(
+  path: str | os.PathLike, lines: Sequence[dict[str, Any]]
+) -> None:
+  """Replaces a JSON-lines file as a whole."""
+  path = pathlib.Path(path)
+  part = path.with_name(path.name + '.part')
+  part.unlink(missing_ok=True)
+  with Appender(part) as file:
+    for line in lines:
+      file.add(line)
+  part.replace(path)
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:

@@ -16,7 +16,7 @@ import collections
 import concurrent.futures
 import contextlib
 import pathlib
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any, TypeVar
 
 from absl import logging
@@ -192,7 +192,7 @@ def _drop_failed(path: pathlib.Path, explainer: Explainer) -> None:
     if line['outcome'] != 'failed' or _whose(line) != _asker(explainer)
   ]
   if len(kept) < len(lines):
-    _write(path, kept)
+    records.write_lines(path, kept)
 
 
 def _sort(path: pathlib.Path) -> None:
@@ -212,14 +212,4 @@ def _sort(path: pathlib.Path) -> None:
 
   ranked = sorted(lines, key=rank)
   if ranked != lines:
-    _write(path, ranked)
-
-
-def _write(path: pathlib.Path, lines: Sequence[dict]) -> None:
-  """Replaces the file as a whole."""
-  part = path.with_name(path.name + '.part')
-  part.unlink(missing_ok=True)
-  with records.Appender(part) as file:
-    for line in lines:
-      file.add(line)
-  part.replace(path)
+    records.write_lines(path, ranked)
