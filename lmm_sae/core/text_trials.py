@@ -16,7 +16,7 @@ import numpy as np
 from lmm_sae.core import prompts
 from lmm_sae.core.index import LatentIndex, TextExemplar
 from lmm_sae.core.trial_sources import TRIES, Rng
-from lmm_sae.core.trials import NO, YES, Question, Style
+from lmm_sae.core.trials import NO, YES, Question, Style, amid, halves
 
 SCANNED = 500  # latents whose contexts are looked through for words, at most
 
@@ -193,9 +193,7 @@ class TextAsker:
   def _detection(self, labels):
     half = self._style.cases // 2
     fires = [one.plain for one in self._source.firing()[:half]]
-    silent = self._source.silent(len(fires))
-    half = min(len(fires), len(silent))
-    shown = [(t, YES) for t in fires[:half]] + [(t, NO) for t in silent[:half]]
+    shown = halves(fires, self._source.silent(len(fires)))
     return [self._yes_no('detect_text', label, shown) for label in labels]
 
   def _fuzzing(self, labels):
@@ -218,20 +216,11 @@ class TextAsker:
     ]
 
   def _intruder(self, labels):
-    rng = self._rng('intruder_text')
-    count = self._style.pictures
-    fires = list(self._source.firing())
-    sets = []
-    for at in range(max(1, self._style.cases // count)):
-      odd = self._source.odd()
-      if len(fires) < count - 1 or odd is None:
-        break
-      turned = at * (count - 1) % len(fires)
-      alike = (fires[turned:] + fires[:turned])[: count - 1]
-      place = int(rng.integers(count))
-      lines = [one.text for one in (*alike[:place], odd, *alike[place:])]
-      texts = '\n'.join(f'{i}. {line}' for i, line in enumerate(lines, 1))
-      sets.append((texts, str(place + 1)))
+    count, rng = self._style.pictures, self._rng('intruder_text')
+    sets = [
+      ('\n'.join(f'{i}. {one.text}' for i, one in enumerate(shown, 1)), right)
+      for shown, right in amid(self._source, self._style, rng)
+    ]
     return [
       [
         Question(

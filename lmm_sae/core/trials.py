@@ -12,13 +12,15 @@ by a `Source` of each.
 
 import dataclasses
 import re
-from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from PIL import Image
 
 from lmm_sae.core import concepts, masks, prompts
+
+T = TypeVar('T')
 
 YES, NO = 'yes', 'no'
 FUZZ = ('fuzz', 'visible')  # prompts of fuzzing
@@ -160,9 +162,7 @@ class Asker:
   def _detection(self, labels):
     half = self._style.cases // 2
     fires = [one.sample for one in self._source.firing()[:half]]
-    silent = self._source.silent(len(fires))
-    half = min(len(fires), len(silent))
-    shown = [(s, YES) for s in fires[:half]] + [(s, NO) for s in silent[:half]]
+    shown = halves(fires, self._source.silent(len(fires)))
     pictures = [(self._small(sample), expected) for sample, expected in shown]
     return [
       [
@@ -202,20 +202,11 @@ class Asker:
     ]
 
   def _intruder(self, labels):
-    rng = self._rng('intruder')
     count = self._style.pictures
-    fires = list(self._source.firing())
-    sets = []
-    for at in range(max(1, self._style.cases // count)):
-      odd = self._source.odd()
-      if len(fires) < count - 1 or odd is None:
-        break
-      turned = at * (count - 1) % len(fires)
-      alike = (fires[turned:] + fires[:turned])[: count - 1]
-      place = int(rng.integers(count))
-      shown = [*alike[:place], odd, *alike[place:]]
-      images = tuple(self._dimmed(one.sample, one.lit_HW) for one in shown)
-      sets.append((images, str(place + 1)))
+    sets = [
+      (tuple(self._dimmed(one.sample, one.lit_HW) for one in shown), right)
+      for shown, right in amid(self._source, self._style, self._rng('intruder'))
+    ]
     return [
       [
         Question(
@@ -232,6 +223,33 @@ class Asker:
 
   def _dimmed(self, sample: int, lit_HW: np.ndarray) -> Image.Image:
     return masks.masked(self._small(sample), lit_HW, self._style.mask)
+
+
+def halves(fires: Sequence[T], silent: Sequence[T]) -> list[tuple[T, str]]:
+  """As many that fire as do not, each with its right answer."""
+  half = min(len(fires), len(silent))
+  return [(x, YES) for x in fires[:half]] + [(x, NO) for x in silent[:half]]
+
+
+def amid(
+  source: Any, style: Style, rng: np.random.Generator
+) -> Iterator[tuple[list, str]]:
+  """Sets of style.pictures, all but one of them alike, and the number of the
+  odd one; none where the source has too few.
+
+  Args:
+    source: with `firing` and `odd`, of pictures or of texts.
+  """
+  count = style.pictures
+  fires = list(source.firing())
+  for at in range(max(1, style.cases // count)):
+    odd = source.odd()
+    if len(fires) < count - 1 or odd is None:
+      return
+    turned = at * (count - 1) % len(fires)
+    alike = (fires[turned:] + fires[:turned])[: count - 1]
+    place = int(rng.integers(count))
+    yield [*alike[:place], odd, *alike[place:]], str(place + 1)
 
 
 def moved(
