@@ -16,7 +16,7 @@ from lmm_sae.core.index import FORMAT_VERSION
 from lmm_sae.core.places import Place
 from lmm_sae.core.store import ActivationStore
 from lmm_sae.core.workdir import Workdir
-from lmm_sae.sae import exports, share
+from lmm_sae.sae import dictionaries, exports, share
 from lmm_sae.sae import mesh as mesh_lib
 
 PART_SAMPLES = 256  # of a part: so much is lost when work is broken off
@@ -111,11 +111,6 @@ class Job:
     """The SAE, its rows shared by all devices of this process."""
     devices = jax.local_devices()
     mesh = mesh_lib.make(0, found=devices) if len(devices) > 1 else None
-    if not self.dictionary:
-      found = self.workdir.require(self.workdir.export(self.layer), 'train')
-      return exports.load(found, mesh=mesh)
-    from lmm_sae.sae import dictionaries
-
     return dictionaries.load(
       self.workdir, self.layer, self.dictionary, self.seed, mesh
     )

@@ -59,7 +59,7 @@ from lmm_sae.core.records import Explanation, Score
 from lmm_sae.core.remote import SubjectClient
 from lmm_sae.core.store import ActivationStore
 from lmm_sae.core.workdir import Workdir
-from lmm_sae.sae import exports
+from lmm_sae.sae import dictionaries
 from lmm_sae.sae.baseview import BaseView
 
 FILE = 'scores.jsonl'
@@ -183,8 +183,7 @@ def _bench(config, opts, workdir, layer, dictionary, client) -> Bench:
   split = config.explain.split
   index = workdir.index(layer, split, dictionary)
   workdir.require(index / 'meta.json', 'index')
-  workdir.require(workdir.export(layer), 'train')
-  sae = _sae(workdir, layer, dictionary, config.seed)
+  sae = dictionaries.load(workdir, layer, dictionary, config.seed)
   return Bench(
     grounded.Settings(opts.images, opts.random, opts.box_threshold),
     config.seed,
@@ -193,16 +192,6 @@ def _bench(config, opts, workdir, layer, dictionary, client) -> Bench:
     BaseView(ActivationStore.open(workdir.acts(split)), layer, sae),
     client,
   )
-
-
-def _sae(
-  workdir: Workdir, layer: int, dictionary: str, seed: int
-) -> exports.Sae:
-  if not dictionary:
-    return exports.load(workdir.export(layer))
-  from lmm_sae.sae import dictionaries
-
-  return dictionaries.load(workdir, layer, dictionary, seed)
 
 
 # Explanations against concepts.

@@ -248,7 +248,7 @@ def test_latents_of_a_dictionary_are_scored_beside_the_saes(
     loaded.append((layer, dictionary, seed))
     return exports.load(workdir.export(layer))
 
-  monkeypatch.setattr(stage, '_sae', load)
+  monkeypatch.setattr(stage.dictionaries, 'load', load)
   with records.Appender(workdir.file('explanations.jsonl')) as file:
     for latent, label in {0: 'blue', 1: 'red'}.items():
       made = (toy.LAYER, latent, (), 'explained', label, label, '', 'eye')
